@@ -1,0 +1,3 @@
+"""Atoll: shared storage for clusters of virtual machines."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,201 @@
+"""What masters and agents say to each other, and what drivers hand to hypervisors. Data only; secrets are references."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from atoll.model.objects import Boot, MachinePin, Nic
+
+
+class Wire(BaseModel):
+    """A message. Unknown fields are ignored, so that an agent one version behind still understands."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+# --- orders ---
+
+
+class Call(Wire):
+    """An order from a master to an agent.
+
+    ``job`` and ``step`` name it: the agent carries out each (job, step) once, joins a running one, and refuses a ``do`` after
+    its ``undo``. Orders that change nothing have job 0. ``oldest_job`` is the oldest job that has not ended; orders of older
+    jobs are late copies and are refused. ``deadline`` is in seconds from arrival.
+    """
+
+    term: int
+    job: int = 0
+    step: str = ""
+    method: str
+    args: dict[str, Any] = Field(default_factory=dict)
+    undo: bool = False
+    oldest_job: int = 0
+    deadline: float = 60.0
+
+
+class Progress(Wire):
+    """How far something is: percent (None = not known) and a line of text."""
+
+    percent: float | None = None
+    text: str = ""
+
+
+class Hello(Wire):
+    """An agent's answer to a new term: what it is still doing."""
+
+    node: str
+    term: int
+    running: list[tuple[int, str]] = Field(default_factory=list)
+    version: str = ""
+
+
+# --- storage ---
+
+
+class PoolRef(Wire):
+    """A pool as drivers see it. ``node`` is the name of the node that works."""
+
+    id: str
+    name: str
+    driver: str
+    options: dict[str, str] = Field(default_factory=dict)
+    node: str = ""
+    #: The cluster's id, to tell one cluster's pool from another's on the same storage.
+    cluster: str = ""
+
+
+class Space(Wire):
+    """Space of a pool (on this node, where it is node-local), in bytes."""
+
+    total: int
+    free: int
+
+
+class VolumeStat(Wire):
+    """What the storage itself says of a volume. Sizes in bytes; ``allocated`` is what it really takes."""
+
+    logical_id: str
+    size: int
+    allocated: int = 0
+    #: The volume id in the image's name, or None for other people's images.
+    volume: str | None = None
+    modified: float = 0.0
+
+
+class Writer(Wire):
+    """Somebody who has a volume open for writing, as the storage tells it: who in words, and the node if it can be told."""
+
+    who: str
+    node: str | None = None
+
+
+class PoolStatus(Wire):
+    """The outcome of a pool check on one node. ``ok`` False comes with ``reason``."""
+
+    ok: bool
+    reason: str = ""
+    space: Space | None = None
+    details: dict[str, str] = Field(default_factory=dict)
+
+
+class Connection(Wire):
+    """How a node reaches one volume: made by the pool half, used by the connector of the same ``driver``, opaque in between.
+
+    Needs no Atoll state. ``secrets`` maps names to references (``secret:ID``, ``file:PATH``, ``fd:N``), never values.
+    """
+
+    driver: str
+    volume: str
+    size: int
+    data: dict[str, Any] = Field(default_factory=dict)
+    secrets: dict[str, str] = Field(default_factory=dict)
+
+
+class Attached(Wire):
+    """A volume made usable on a node: a path (block device or file), and/or QEMU's protocol-level blockdev options
+    (a dict without node-name, such as ``{"driver": "file", "filename": ...}``)."""
+
+    volume: str
+    path: str | None = None
+    blockdev: dict[str, Any] | None = None
+
+
+# --- guests ---
+
+
+class GuestDisk(Wire):
+    """A disk of a guest. ``serial`` is the volume id; the guest sees its first 20 characters."""
+
+    volume: str
+    slot: int
+    size: int
+    mode: Literal["rw", "ro"] = "rw"
+    attached: Attached | None = None
+
+
+class GuestSpec(Wire):
+    """All that a hypervisor needs to start a guest; equal on both sides of a migration but for ``attached``. Memory in bytes."""
+
+    instance: str
+    name: str
+    generation: int
+    memory: int
+    vcpus: int = 1
+    pin: MachinePin = MachinePin()
+    boot: Boot = Boot()
+    disks: list[GuestDisk] = Field(default_factory=list)
+    nics: list[Nic] = Field(default_factory=list)
+
+
+class GuestStatus(Wire):
+    """A guest as its hypervisor sees it.
+
+    ``running`` writes; ``paused`` is stopped by somebody or by an I/O error (``reason``); ``incoming`` waits for a migration;
+    ``migrated`` has given everything to the target and must never run again here; ``shutdown`` was ended by the guest itself;
+    ``hung`` does not answer; ``gone`` has no process.
+    """
+
+    instance: str
+    name: str = ""
+    generation: int = 0
+    state: Literal["running", "paused", "incoming", "migrated", "shutdown", "hung", "gone"]
+    reason: str = ""
+    migration: str = ""
+    pid: int | None = None
+    memory: int = 0
+    vcpus: int = 0
+
+
+class Endpoint(Wire):
+    """Where an incoming guest listens: addresses for the migration stream and, with disks to copy, for NBD."""
+
+    host: str
+    port: int
+    nbd_port: int | None = None
+    tls: bool = True
+
+
+class MigrationFigures(Wire):
+    """What a completed migration took, as the hypervisor measured it."""
+
+    total_ms: int = 0
+    downtime_ms: int = 0
+    ram_bytes: int = 0
+
+
+class NodeReport(Wire):
+    """An agent's heartbeat. Memory in bytes; ``refuses`` is instance -> highest refused generation."""
+
+    node: str
+    term: int
+    version: str = ""
+    boot_id: str = ""
+    memory_total: int = 0
+    memory_free: int = 0
+    cpus: int = 0
+    guests: list[GuestStatus] = Field(default_factory=list)
+    stalled_pools: dict[str, str] = Field(default_factory=dict)
+    accelerator: str = ""

@@ -1,0 +1,324 @@
+"""The objects of a cluster, as the store keeps them. All are frozen; a change is a new object."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Stored(BaseModel):
+    """What the store keeps under ``<kind>/<id>``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: ClassVar[str]
+    #: How people call one of these, and the prefix of its lock (``instance:i-...``).
+    noun: ClassVar[str]
+
+    id: str
+
+    @property
+    def resource(self) -> str:
+        """The name of this object's lock."""
+        return f"{self.noun}:{self.id}"
+
+
+class MachinePin(BaseModel):
+    """What must be equal on both sides of a live migration; chosen once, kept for the life of the instance."""
+
+    model_config = ConfigDict(frozen=True)
+    machine: str = "pc-q35-7.2"
+    cpu_model: str = "qemu64"
+    accelerator: Literal["tcg", "kvm"] = "tcg"
+
+
+class Cluster(Stored):
+    """The cluster itself; there is one, with id ``cluster``."""
+
+    kind, noun = "cluster", "cluster"
+    name: str
+    #: sha256 of the DER form of the cluster's CA certificate, lower-case hex.
+    ca_fingerprint: str = ""
+    hypervisor: str = "qemu"
+    #: Driver -> option -> value: defaults of new pools (``shared_file_dir`` of Ganeti is ``{"sharedfile": {"path": ...}}``).
+    driver_options: dict[str, dict[str, str]] = Field(default_factory=dict)
+    tags: tuple[str, ...] = ()
+
+
+class Group(Stored):
+    """A node group: nodes that share storage. Pins what migration needs to be equal."""
+
+    kind, noun = "groups", "group"
+    name: str
+    pin: MachinePin = MachinePin()
+    #: Driver -> pool id: what ``-t DRIVER`` means where several pools have that driver.
+    default_pools: dict[str, str] = Field(default_factory=dict)
+    tags: tuple[str, ...] = ()
+
+
+class Node(Stored):
+    """A node and what the administrator said of it. Whether it answers is not stored: the master watches that."""
+
+    kind, noun = "nodes", "node"
+    name: str
+    group: str
+    address: str
+    port: int = 7771
+    roles: tuple[str, ...] = ("vm",)
+    offline: bool = False
+    drained: bool = False
+    certificate_serial: str = ""
+    tags: tuple[str, ...] = ()
+
+
+class Writers(StrEnum):
+    """How well a pool's storage tells who writes a volume; measured by ``pool check``, never assumed."""
+
+    ENFORCED = "enforced"
+    ADVISORY = "advisory"
+    NONE = "none"
+
+
+class Pool(Stored):
+    """A storage pool: a driver, its options, and the node groups that can reach it."""
+
+    kind, noun = "pools", "pool"
+    name: str
+    driver: str
+    options: dict[str, str] = Field(default_factory=dict)
+    groups: tuple[str, ...] = ()
+    writers: Writers = Writers.NONE
+    #: ``ready`` takes new volumes; ``closed`` does not (its reason is in ``state_reason``).
+    state: Literal["ready", "closed"] = "ready"
+    state_reason: str = ""
+    tags: tuple[str, ...] = ()
+
+
+class VolumeState(StrEnum):
+    """EBS's volume states."""
+
+    CREATING = "creating"
+    AVAILABLE = "available"
+    IN_USE = "in-use"
+    DELETING = "deleting"
+    ERROR = "error"
+
+
+class Volume(Stored):
+    """A disk. It lives in one pool; ``logical_id`` is the driver's own handle."""
+
+    kind, noun = "volumes", "volume"
+    name: str
+    pool: str
+    size: int
+    logical_id: str = ""
+    state: VolumeState = VolumeState.CREATING
+    generation: int = 1
+    #: The node that owns the disk, for node-local pools; else None.
+    node: str | None = None
+    #: The second copy's node, for internally mirrored pools; else None.
+    secondary: str | None = None
+    #: The instance it is attached to; else None.
+    instance: str | None = None
+    adopted: bool = False
+    created: float = 0.0
+    tags: tuple[str, ...] = ()
+
+
+class Disk(BaseModel):
+    """A place for a volume in an instance. ``slot`` fixes the PCI address; it never changes while the disk is attached."""
+
+    model_config = ConfigDict(frozen=True)
+    volume: str
+    slot: int
+    mode: Literal["rw", "ro"] = "rw"
+
+
+class Nic(BaseModel):
+    """A network card. ``user`` is QEMU's own NAT; ``bridged`` a tap on the bridge ``link``."""
+
+    model_config = ConfigDict(frozen=True)
+    mac: str
+    mode: Literal["user", "bridged"] = "user"
+    link: str = ""
+
+
+class Boot(BaseModel):
+    """How a guest boots: from its first disk, or directly from a kernel on the node."""
+
+    model_config = ConfigDict(frozen=True)
+    kernel: str = ""
+    initrd: str = ""
+    append: str = ""
+
+
+class Instance(Stored):
+    """A virtual machine as wanted. Who may run it says its claim; whether it runs say the agents."""
+
+    kind, noun = "instances", "instance"
+    name: str
+    group: str
+    memory: int
+    vcpus: int = 1
+    hypervisor: str = "qemu"
+    disks: tuple[Disk, ...] = ()
+    nics: tuple[Nic, ...] = ()
+    boot: Boot = Boot()
+    pin: MachinePin = MachinePin()
+    os: str = ""
+    desired: Literal["running", "stopped"] = "stopped"
+    #: Why ``desired`` became ``stopped`` when nobody asked Atoll for it, such as ``by the guest``.
+    stopped_by: str = ""
+    #: Only for internally mirrored disks: the node of the second copy.
+    secondary: str | None = None
+    #: The node that owns its node-local disks, or ran it last; a hint for the next start.
+    home: str | None = None
+    created: float = 0.0
+    tags: tuple[str, ...] = ()
+
+
+class Migration(BaseModel):
+    """The second holder of a claim while a migration runs."""
+
+    model_config = ConfigDict(frozen=True)
+    target: str
+    job: int
+
+
+class Claim(Stored):
+    """Who may write an instance's disks (PROTOCOLS 1). Its id is the instance's id.
+
+    ``generation`` grows by one with each change of holder. ``holder`` None: some agent's acknowledgement freed it.
+    """
+
+    kind, noun = "claims", "claim"
+    holder: str | None = None
+    generation: int = 0
+    migration: Migration | None = None
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The nodes on which the guest may be."""
+        found = [self.holder] if self.holder else []
+        return tuple(found + ([self.migration.target] if self.migration else []))
+
+
+class DeathProof(Stored):
+    """A proof that a node is dead, given for this node and this moment. Its id is the node's id. A node that answers voids it."""
+
+    kind, noun = "proofs", "proof"
+    method: Literal["human", "fence"]
+    who: str
+    at: float
+
+
+class Hold(Stored):
+    """A resource that a job which needs attention holds. Its id is the resource, such as ``instance:i-...``."""
+
+    kind, noun = "holds", "hold"
+    job: int
+    reason: str
+    commands: tuple[str, ...]
+
+
+class JobState(StrEnum):
+    """A job's states; the last three are its ends."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    UNDOING = "undoing"
+    NEEDS_ATTENTION = "needs-attention"
+    DONE = "done"
+    UNDONE = "undone"
+
+    @property
+    def active(self) -> bool:
+        """Whether the engine still works on it."""
+        return self in (JobState.QUEUED, JobState.RUNNING, JobState.UNDOING)
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing will happen to it any more."""
+        return self in (JobState.DONE, JobState.UNDONE)
+
+
+class Locks(BaseModel):
+    """What a job may touch. Resource names are ``noun:id``."""
+
+    model_config = ConfigDict(frozen=True)
+    shared: tuple[str, ...] = ()
+    exclusive: tuple[str, ...] = ()
+
+
+class Job(Stored):
+    """A durable piece of work. Its id is a number, as text; ``number`` gives it back."""
+
+    kind, noun = "jobs", "job"
+    operation: str
+    version: int = 1
+    request: dict[str, Any] = Field(default_factory=dict)
+    locks: Locks = Locks()
+    state: JobState = JobState.QUEUED
+    key: str = ""
+    who: str = ""
+    parent: int | None = None
+    created: float = 0.0
+    started: float | None = None
+    ended: float | None = None
+    committed: bool = False
+    cancel_asked: bool = False
+    #: Seconds from its start after which the job is undone, or needs attention past its commit.
+    deadline: float = 3600.0
+    result: Any = None
+    error: dict[str, Any] | None = None
+    #: One sentence on what the job does, for people: ``migrate instance web1 to node2``.
+    summary: str = ""
+    #: Why it needs attention, and what a person can do.
+    reason: str = ""
+    commands: tuple[str, ...] = ()
+
+    @property
+    def number(self) -> int:
+        """The id as a number; later jobs have larger ones."""
+        return int(self.id)
+
+
+class StepState(StrEnum):
+    """A step's states: journaled before its effect, after it, and after its undo."""
+
+    INTENT = "intent"
+    DONE = "done"
+    UNDONE = "undone"
+
+
+class Step(Stored):
+    """One journaled step of a job. Its id is ``<job>/<index>``, both with leading zeros, so that a range read gives their order."""
+
+    kind, noun = "steps", "step"
+    key: str
+    #: ``call`` orders a node, ``write`` changes the store in the journal's own transaction, ``read`` fixes a value.
+    what: Literal["call", "write", "read"]
+    node: str | None = None
+    method: str = ""
+    args_hash: str = ""
+    undo: dict[str, Any] | None = None
+    state: StepState = StepState.INTENT
+    result: Any = None
+    at: float = 0.0
+
+
+class Token(Stored):
+    """A credential, kept as a hash only. Join tokens are bound to a node name, work once and expire."""
+
+    kind, noun = "tokens", "token"
+    purpose: Literal["join", "api"]
+    digest: str
+    name: str
+    role: Literal["admin", "operator", "reader", "node"] = "reader"
+    group: str = ""
+    expires: float | None = None
+    used: bool = False
+
+
+KINDS: tuple[type[Stored], ...] = (Cluster, Group, Node, Pool, Volume, Instance, Claim, DeathProof, Hold, Job, Step, Token)

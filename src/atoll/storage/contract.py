@@ -1,0 +1,163 @@
+"""The contract of storage drivers: a pool half and a node half.
+
+Both halves are plain synchronous classes whose arguments and results are JSON-able messages: the agent runs them in the pool's
+worker process, with a deadline, because calls into storage can hang for ever (PROTOCOLS 4). Every call is idempotent:
+exists and equal = success, exists and different = ``Conflict``, missing on delete = success. Errors are ``AtollError``;
+an outcome that is not known is reported by the deadline, and then ``stat`` decides.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from atoll.model.messages import Attached, Connection, PoolRef, PoolStatus, Space, VolumeStat, Writer
+
+
+class Mirroring(StrEnum):
+    """Who keeps a second copy: nobody, Atoll (``DTS_INT_MIRROR``), or the storage (``DTS_EXT_MIRROR``)."""
+
+    NONE = "none"
+    INTERNAL = "internal"
+    EXTERNAL = "external"
+
+
+class Option(BaseModel):
+    """An option of a driver. The reference page of the driver is generated from these."""
+
+    model_config = ConfigDict(frozen=True)
+    name: str
+    description: str
+    required: bool = False
+    default: str = ""
+    choices: tuple[str, ...] = ()
+
+
+class DriverInfo(BaseModel):
+    """What a driver can, as data; nobody outside a driver's folder asks for its name."""
+
+    model_config = ConfigDict(frozen=True)
+    name: str
+    description: str
+    mirroring: Mirroring
+    access: frozenset[Literal["kernelspace", "userspace"]]
+    #: Storage types: is free space one node's, or the pool's; ``unknown`` where the backend does not tell.
+    space: Literal["per-node", "shared", "unknown"]
+    adoption: Literal["no", "may", "must"] = "no"
+    create: bool = True
+    grow: bool = True
+    #: ``offline``: the image's own name follows the volume's, while no guest has it open.
+    rename: Literal["no", "offline"] = "no"
+    snapshots: bool = False
+    clones: bool = False
+    exclusive_lock: bool = False
+    fencing: bool = False
+    #: Largest size of a volume, in bytes.
+    max_size: int = 1 << 60
+    #: Sizes are rounded up to a multiple of this, in bytes.
+    granularity: int = 512
+    options: tuple[Option, ...] = ()
+
+    @property
+    def mirrored(self) -> bool:
+        """``DTS_MIRRORED``: instances on it can migrate and fail over."""
+        return self.mirroring is not Mirroring.NONE
+
+    @property
+    def node_local(self) -> bool:
+        """Whether only the volume's own node (and its secondary) can reach it."""
+        return self.mirroring is not Mirroring.EXTERNAL
+
+
+class VolumeSpec(BaseModel):
+    """A volume to make. ``size`` in bytes."""
+
+    model_config = ConfigDict(frozen=True)
+    volume: str
+    name: str
+    size: int
+    options: dict[str, str] = Field(default_factory=dict)
+
+
+@runtime_checkable
+class PoolDriver(Protocol):
+    """The pool half. Made with ``(ref: PoolRef)``; cheap to make, touches nothing until it is called."""
+
+    ref: PoolRef
+
+    def prepare(self, *, create: bool) -> PoolStatus:
+        """Make the pool usable on this node, idempotently. ``create``: the first node marks the storage as this pool's.
+
+        Errors: PoolUnavailable (not mounted, marker of another pool, directory missing), InvalidInput (bad options).
+        """
+
+    def forget(self) -> None:
+        """Remove the pool's own mark; volumes and other people's files stay."""
+
+    def check(self) -> PoolStatus:
+        """Is the storage there, is it this pool's, how much room has it? A reason instead of an error."""
+
+    def space(self) -> Space:
+        """Total and free bytes. Errors: PoolUnavailable."""
+
+    def create(self, spec: VolumeSpec) -> str:
+        """Make the volume durable and give its logical id. Errors: PoolFull, PoolUnavailable, Conflict."""
+
+    def delete(self, logical_id: str) -> None:
+        """Remove it durably; missing is success. Errors: PoolUnavailable, DiskInUse."""
+
+    def grow(self, logical_id: str, size: int) -> int:
+        """Make it at least ``size`` bytes, never smaller; gives the size. Errors: NotFound, PoolFull, ShrinkRefused."""
+
+    def rename(self, logical_id: str, volume: str, name: str) -> str:
+        """Let the image's name follow the volume's; gives the logical id. Repeating a finished rename is success."""
+
+    def stat(self, logical_id: str) -> VolumeStat | None:
+        """What the storage says, or None when it is not there. Errors: PoolUnavailable."""
+
+    def volumes(self) -> list[VolumeStat]:
+        """All images, other people's included (their ``volume`` is None)."""
+
+    def adopt(self, source: str, volume: str) -> VolumeStat:
+        """Look at an existing image that shall become a volume; nothing is written. Errors: NotFound, DiskInUse, InvalidInput."""
+
+    def writers(self, logical_id: str) -> list[Writer]:
+        """Who has it open for writing, as the storage tells it."""
+
+    def probe_writers(self, action: Literal["hold", "look", "drop"]) -> bool:
+        """The measurement behind ``Writers``: ``hold`` takes a lock on a probe and keeps it while this process lives, ``look``
+        says whether somebody else's lock is seen, ``drop`` lets go."""
+
+    def connection(self, logical_id: str, volume: str, size: int) -> Connection:
+        """How a node reaches it; needs nothing else than what it holds."""
+
+    def sync(self, logical_id: str, primary: str, secondary: str) -> None:
+        """Internally mirrored only: bring the second copy up to the first. Others: NotSupported."""
+
+
+@runtime_checkable
+class Connector(Protocol):
+    """The node half: makes a volume usable here, from its connection alone. Made without arguments."""
+
+    def attach(self, connection: Connection, access: Literal["kernelspace", "userspace"]) -> Attached:
+        """Make it usable; attaching twice is success. Errors: PoolUnavailable, NotFound."""
+
+    def detach(self, connection: Connection) -> None:
+        """Undo that; not attached is success."""
+
+    def resized(self, connection: Connection) -> int:
+        """The size seen here after a grow, in bytes."""
+
+    def attached(self) -> list[str]:
+        """Volume ids that are attached here by this driver, as the node itself tells it."""
+
+
+def as_json(value: Any) -> Any:
+    """A driver's result as JSON-able data."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, (list, tuple)):
+        return [as_json(v) for v in value]
+    return value
