@@ -53,9 +53,9 @@ class Hypervisor(Protocol):
     async def resume(self, guest: str) -> None:
         """Let a paused or incoming-and-complete guest run. Running = success. Errors: GuestError."""
 
-    async def incoming(self, spec: GuestSpec, copy: list[str], report: Report) -> Endpoint:
-        """Start a paused guest that waits for a migration; ``copy`` names volumes that will come over NBD.
-        Started already with the same generation = its endpoint again."""
+    async def incoming(self, spec: GuestSpec, copy: list[str], peer: str, report: Report) -> Endpoint:
+        """Start a paused guest that waits for a migration; ``copy`` names volumes that will come over NBD. ``peer`` is the name of
+        the only node whose certificate may connect. Started already with the same generation = its endpoint again."""
 
     async def migrate_out(self, guest: str, to: Endpoint, copy: list[str], report: Report) -> None:
         """Move memory (and the disks in ``copy``) until the guest is paused before its switchover; a watchdog process cancels if

@@ -170,8 +170,10 @@ class GuestStatus(Wire):
 
 
 class Endpoint(Wire):
-    """Where an incoming guest listens: addresses for the migration stream and, with disks to copy, for NBD."""
+    """Where an incoming guest listens: addresses for the migration stream and, with disks to copy, for NBD. ``node`` is the name
+    that its certificate must carry."""
 
+    node: str
     host: str
     port: int
     nbd_port: int | None = None
