@@ -252,7 +252,7 @@ class Locks(BaseModel):
 
 
 class Job(Stored):
-    """A durable piece of work. Its id is a number, as text; ``number`` gives it back."""
+    """A durable piece of work. Its id is a number with ten digits, so that ids sort by age; ``number`` is what people see."""
 
     kind, noun = "jobs", "job"
     operation: str
@@ -268,6 +268,8 @@ class Job(Stored):
     ended: float | None = None
     committed: bool = False
     cancel_asked: bool = False
+    #: Whether it is (or was, when it began to need attention) being undone.
+    undoing: bool = False
     #: Seconds from its start after which the job is undone, or needs attention past its commit.
     deadline: float = 3600.0
     result: Any = None
@@ -308,6 +310,15 @@ class Step(Stored):
     at: float = 0.0
 
 
+class IdempotencyKey(Stored):
+    """A request's key, as its sha256; with it the same request gives the same job again."""
+
+    kind, noun = "keys", "key"
+    job: int
+    #: sha256 of operation, target and request: another request with the same key is refused.
+    digest: str
+
+
 class Token(Stored):
     """A credential, kept as a hash only. Join tokens are bound to a node name, work once and expire."""
 
@@ -321,4 +332,4 @@ class Token(Stored):
     used: bool = False
 
 
-KINDS: tuple[type[Stored], ...] = (Cluster, Group, Node, Pool, Volume, Instance, Claim, DeathProof, Hold, Job, Step, Token)
+KINDS: tuple[type[Stored], ...] = (Cluster, Group, Node, Pool, Volume, Instance, Claim, DeathProof, Hold, Job, Step, IdempotencyKey, Token)

@@ -1,0 +1,1 @@
+"""What a master can ask of an agent: one contract, two transports."""

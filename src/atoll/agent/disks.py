@@ -1,0 +1,149 @@
+"""Orders about storage: the pool half and disks on demand."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from atoll.agent.service import Handler
+from atoll.model.errors import AtollError
+from atoll.model.messages import Attached, Connection, PoolRef
+from atoll.rpc.contract import Report
+from atoll.storage.host import StorageHost
+
+#: Seconds for calls that touch metadata only, and for those that may write a whole image (preallocation, sync).
+QUICK, LONG = 30.0, 3600.0
+
+
+class Attachments:
+    """What this agent attached for which instance, remembered in the run directory: like the attachments, it is gone after a reboot."""
+
+    def __init__(self, storage: StorageHost, run_dir: Path | None) -> None:
+        self._storage = storage
+        self._dir = run_dir / "attached" if run_dir else None
+        self._kept: dict[str, dict[str, dict[str, Any]]] = {}
+        if self._dir and self._dir.is_dir():
+            for path in self._dir.glob("*.json"):
+                self._kept[path.stem] = json.loads(path.read_text())
+
+    async def attach(self, owner: str, pool: str, connection: Connection, access: str) -> Attached:
+        """Attach a volume for an owner (an instance id). Twice is success."""
+        self._kept.setdefault(owner, {})[connection.volume] = {"pool": pool, "connection": connection.model_dump(mode="json")}
+        self._save(owner)
+        data = await self._storage.connector(
+            pool, connection.driver, "attach", QUICK, connection=connection.model_dump(mode="json"), access=access
+        )
+        return Attached(**data)
+
+    async def detach(self, owner: str, volumes: Iterable[str] | None = None) -> None:
+        """Detach volumes of an owner (all by default). Not attached is success."""
+        kept = self._kept.get(owner, {})
+        for volume in list(kept if volumes is None else volumes):
+            entry = kept.get(volume)
+            if entry is not None:
+                connection = entry["connection"]
+                await self._storage.connector(entry["pool"], connection["driver"], "detach", QUICK, connection=connection)
+                del kept[volume]
+                self._save(owner)
+
+    def connection(self, owner: str, volume: str) -> tuple[str, Connection] | None:
+        """The pool and connection of an attached volume."""
+        entry = self._kept.get(owner, {}).get(volume)
+        return (entry["pool"], Connection(**entry["connection"])) if entry else None
+
+    def _save(self, owner: str) -> None:
+        if self._dir is None:
+            return
+        self._dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path = self._dir / f"{owner}.json"
+        if self._kept.get(owner):
+            new = path.with_suffix(".new")
+            new.write_text(json.dumps(self._kept[owner]))
+            new.replace(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+class StorageOrders:
+    """Handlers of ``pool.*``, ``volume.*`` and ``disks.*``."""
+
+    def __init__(self, storage: StorageHost, attachments: Attachments) -> None:
+        self._storage, self._attachments = storage, attachments
+
+    def handlers(self) -> dict[str, Handler]:
+        """Method -> handler."""
+        simple = {
+            "pool.prepare": ("prepare", QUICK),
+            "pool.forget": ("forget", QUICK),
+            "pool.check": ("check", QUICK),
+            "pool.space": ("space", QUICK),
+            "pool.probe": ("probe_writers", QUICK),
+            "volume.create": ("create", LONG),
+            "volume.delete": ("delete", QUICK),
+            "volume.grow": ("grow", LONG),
+            "volume.rename": ("rename", QUICK),
+            "volume.stat": ("stat", QUICK),
+            "volume.list": ("volumes", QUICK),
+            "volume.adopt": ("adopt", QUICK),
+            "volume.writers": ("writers", QUICK),
+            "volume.sync": ("sync", LONG),
+        }
+        handlers: dict[str, Handler] = {name: self._pool(method, deadline) for name, (method, deadline) in simple.items()}
+        handlers["volume.uncreate"] = self.uncreate
+        handlers["disks.connect"] = self.connect
+        handlers["disks.activate"] = self.activate
+        handlers["disks.deactivate"] = self.deactivate
+        return handlers
+
+    def _pool(self, method: str, deadline: float) -> Handler:
+        async def handler(args: dict[str, Any], report: Report) -> Any:
+            ref = PoolRef(**args["ref"])
+            rest = {k: v for k, v in args.items() if k != "ref"}
+            return await self._storage.pool(ref, method, deadline, **rest)
+
+        return handler
+
+    async def uncreate(self, args: dict[str, Any], report: Report) -> Any:
+        """The undo of a creation: delete by what the creation would have made, whether or not its logical id was ever told."""
+        ref = PoolRef(**args["ref"])
+        for stat in await self._storage.pool(ref, "volumes", QUICK):
+            if stat["volume"] == args["volume"]:
+                await self._storage.pool(ref, "delete", QUICK, logical_id=stat["logical_id"])
+        return None
+
+    async def connect(self, args: dict[str, Any], report: Report) -> Any:
+        """Everything that a start needs to know of its disks: connection, writers and what the storage says of the size."""
+
+        async def one(disk: dict[str, Any]) -> dict[str, Any]:
+            ref = PoolRef(**disk["ref"])
+            found: dict[str, Any] = {"volume": disk["volume"], "pool": ref.id}
+            found["stat"] = await self._storage.pool(ref, "stat", QUICK, logical_id=disk["logical_id"])
+            if found["stat"] is not None:
+                found["writers"] = await self._storage.pool(ref, "writers", QUICK, logical_id=disk["logical_id"])
+                found["connection"] = await self._storage.pool(
+                    ref, "connection", QUICK, logical_id=disk["logical_id"], volume=disk["volume"], size=disk["size"]
+                )
+            return found
+
+        return list(await asyncio.gather(*(one(disk) for disk in args["disks"])))
+
+    async def activate(self, args: dict[str, Any], report: Report) -> Any:
+        """Make disks usable for an administrator or an OS script: their paths."""
+        paths = {}
+        try:
+            for disk in args["disks"]:
+                connection = Connection(**disk["connection"])
+                attached = await self._attachments.attach(args["owner"], disk["pool"], connection, "kernelspace")
+                paths[connection.volume] = attached.path
+        except AtollError:
+            await self._attachments.detach(args["owner"])
+            raise
+        return paths
+
+    async def deactivate(self, args: dict[str, Any], report: Report) -> Any:
+        """End that."""
+        await self._attachments.detach(args["owner"])
+        return None

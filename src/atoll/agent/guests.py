@@ -1,0 +1,159 @@
+"""Orders about guests. Here the promise of one writer is kept on the node: a refused generation never starts (PROTOCOLS 1)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from typing import Any
+
+from atoll.agent.disks import QUICK, Attachments
+from atoll.agent.memory import Memory
+from atoll.agent.service import Handler
+from atoll.hypervisor.contract import Hypervisor
+from atoll.model.errors import AtollError, InUse, NotFound, StaleGeneration
+from atoll.model.messages import Connection, Endpoint, GuestDisk, GuestSpec, GuestStatus, Progress
+from atoll.rpc.contract import Report
+from atoll.storage.host import StorageHost
+
+
+class GuestOrders:
+    """Handlers of ``guest.*`` and ``claim.*``."""
+
+    def __init__(self, hypervisor: Hypervisor, memory: Memory, attachments: Attachments, storage: StorageHost) -> None:
+        self._hypervisor, self._memory, self._attachments, self._storage = hypervisor, memory, attachments, storage
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    def handlers(self) -> dict[str, Handler]:
+        """Method -> handler."""
+        return {
+            "guest.start": self.start,
+            "guest.stop": self.stop,
+            "guest.reboot": self.reboot,
+            "guest.status": self.status,
+            "guest.plug": self.plug,
+            "guest.unplug": self.unplug,
+            "guest.resize": self.resize,
+            "guest.incoming": self.incoming,
+            "guest.migrate_out": self.migrate_out,
+            "guest.migrate_continue": self.migrate_continue,
+            "guest.migrate_cancel": self.migrate_cancel,
+            "guest.await_incoming": self.await_incoming,
+            "guest.resume": self.resume,
+            "guest.list": self.list_guests,
+            "claim.release": self.release,
+        }
+
+    def _check_generation(self, instance: str, generation: int) -> None:
+        refused = self._memory.refused(instance)
+        if generation <= refused:
+            raise StaleGeneration(f"this node has promised to refuse generation {generation} of {instance} (and all up to {refused})")
+
+    async def _attach_all(self, spec: GuestSpec, disks: list[dict[str, Any]]) -> GuestSpec:
+        by_volume = {d["connection"]["volume"]: d for d in disks}
+        attached = []
+        for disk in spec.disks:
+            found = by_volume[disk.volume]
+            usable = await self._attachments.attach(spec.instance, found["pool"], Connection(**found["connection"]), found["access"])
+            attached.append(disk.model_copy(update={"attached": usable}))
+        return spec.model_copy(update={"disks": attached})
+
+    async def start(self, args: dict[str, Any], report: Report) -> Any:
+        """Attach the disks and start the guest. ``disks``: pool, connection, access."""
+        spec = GuestSpec(**args["spec"])
+        async with self._locks[spec.instance]:
+            self._check_generation(spec.instance, spec.generation)
+            try:
+                spec = await self._attach_all(spec, args["disks"])
+                report(Progress(text="starting the guest"))
+                await self._hypervisor.start(spec, report)
+            except AtollError:
+                if (await self._hypervisor.status(spec.instance)).state == "gone":
+                    await self._attachments.detach(spec.instance)
+                raise
+            return None
+
+    async def incoming(self, args: dict[str, Any], report: Report) -> Any:
+        """Attach the disks and start a guest that waits for its migration; its endpoint."""
+        spec = GuestSpec(**args["spec"])
+        async with self._locks[spec.instance]:
+            self._check_generation(spec.instance, spec.generation)
+            spec = await self._attach_all(spec, args["disks"])
+            endpoint = await self._hypervisor.incoming(spec, args.get("copy", []), args["peer"], report)
+            return endpoint.model_dump(mode="json")
+
+    async def stop(self, args: dict[str, Any], report: Report) -> Any:
+        """Stop the guest, detach its disks, and promise to refuse its generation: the durable "it does not run here"."""
+        instance = args["instance"]
+        async with self._locks[instance]:
+            clean = await self._hypervisor.stop(instance, args.get("grace", 0.0), report)
+            await self._attachments.detach(instance)
+            self._memory.refuse(instance, args["generation"])
+            return {"clean": clean}
+
+    async def release(self, args: dict[str, Any], report: Report) -> Any:
+        """Promise to refuse the generation, if the guest does not run here. Errors: InUse when it does."""
+        instance = args["instance"]
+        async with self._locks[instance]:
+            status = await self._hypervisor.status(instance)
+            if status.state != "gone":
+                raise InUse(f"the guest is {status.state} here (pid {status.pid})")
+            await self._attachments.detach(instance)
+            self._memory.refuse(instance, args["generation"])
+            return None
+
+    async def reboot(self, args: dict[str, Any], report: Report) -> Any:
+        """Ask for a reboot, or reset."""
+        await self._hypervisor.reboot(args["instance"], args["hard"])
+
+    async def status(self, args: dict[str, Any], report: Report) -> Any:
+        """The guest as the hypervisor sees it."""
+        return (await self._hypervisor.status(args["instance"])).model_dump(mode="json")
+
+    async def list_guests(self, args: dict[str, Any], report: Report) -> Any:
+        """All guests here."""
+        return [status.model_dump(mode="json") for status in await self._hypervisor.guests()]
+
+    async def plug(self, args: dict[str, Any], report: Report) -> Any:
+        """Attach a volume and plug it."""
+        disk = GuestDisk(**args["disk"])
+        connection = Connection(**args["connection"])
+        attached = await self._attachments.attach(args["instance"], args["pool"], connection, args["access"])
+        await self._hypervisor.plug(args["instance"], disk.model_copy(update={"attached": attached}))
+
+    async def unplug(self, args: dict[str, Any], report: Report) -> Any:
+        """Unplug a volume and detach it; a guest that does not run has nothing plugged."""
+        if (await self._hypervisor.status(args["instance"])).state != "gone":
+            await self._hypervisor.unplug(args["instance"], args["volume"], args["timeout"])
+        await self._attachments.detach(args["instance"], [args["volume"]])
+
+    async def resize(self, args: dict[str, Any], report: Report) -> Any:
+        """Tell a running guest of its disk's new size."""
+        found = self._attachments.connection(args["instance"], args["volume"])
+        if found is None:
+            raise NotFound(f"volume {args['volume']} is not attached to {args['instance']} here")
+        pool, connection = found
+        await self._storage.connector(pool, connection.driver, "resized", QUICK, connection=connection.model_dump(mode="json"))
+        await self._hypervisor.resize(args["instance"], args["volume"], args["size"])
+
+    async def migrate_out(self, args: dict[str, Any], report: Report) -> Any:
+        """Move memory until the pause before the switchover."""
+        await self._hypervisor.migrate_out(args["instance"], Endpoint(**args["endpoint"]), args.get("copy", []), report)
+
+    async def migrate_continue(self, args: dict[str, Any], report: Report) -> Any:
+        """From the pause to ``completed``: figures."""
+        return (await self._hypervisor.migrate_continue(args["instance"], report)).model_dump(mode="json")
+
+    async def migrate_cancel(self, args: dict[str, Any], report: Report) -> Any:
+        """Cancel; the guest's status afterwards (``migrated``: too late, it had completed)."""
+        return (await self._hypervisor.migrate_cancel(args["instance"])).model_dump(mode="json")
+
+    async def await_incoming(self, args: dict[str, Any], report: Report) -> Any:
+        """Wait until the incoming guest is loaded; its status."""
+        status: GuestStatus = await self._hypervisor.await_incoming(args["instance"], args.get("timeout", 30.0))
+        return status.model_dump(mode="json")
+
+    async def resume(self, args: dict[str, Any], report: Report) -> Any:
+        """Let a loaded or paused guest run. Checked like a start: it begins to write here."""
+        async with self._locks[args["instance"]]:
+            self._check_generation(args["instance"], args["generation"])
+            await self._hypervisor.resume(args["instance"])

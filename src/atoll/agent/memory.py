@@ -1,0 +1,94 @@
+"""What an agent must never forget (PROTOCOLS 2): the highest term, refused generations, and what it did for which job.
+
+SQLite with synchronous=FULL: what a method has returned from survives a power cut.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+from atoll.model.errors import StaleTerm
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS number (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS refused (instance TEXT PRIMARY KEY, generation INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS step (job INTEGER, step TEXT, state TEXT NOT NULL, result TEXT, PRIMARY KEY (job, step));
+"""
+
+
+def open_database(path: Path | str) -> sqlite3.Connection:
+    """Open or make the file (``:memory:`` for simulations)."""
+    if isinstance(path, Path):
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    database = sqlite3.connect(path, isolation_level=None)
+    database.execute("PRAGMA journal_mode=WAL")
+    database.execute("PRAGMA synchronous=FULL")
+    database.executescript(_SCHEMA)
+    return database
+
+
+class Memory:
+    """An agent's memory. Small enough that every call answers at once."""
+
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._db = database
+        numbers = dict(database.execute("SELECT name, value FROM number").fetchall())
+        self._term: int = numbers.get("term", 0)
+        self._oldest: int = numbers.get("oldest_job", 0)
+
+    @property
+    def term(self) -> int:
+        """The highest term seen."""
+        return self._term
+
+    @property
+    def oldest_job(self) -> int:
+        """Orders of jobs with smaller numbers are late copies."""
+        return self._oldest
+
+    def see_term(self, term: int) -> None:
+        """A master speaks. Errors: StaleTerm when a newer one has spoken before."""
+        if term < self._term:
+            raise StaleTerm(f"this master's term is {term}, but term {self._term} has begun")
+        if term > self._term:
+            self._db.execute("INSERT OR REPLACE INTO number VALUES ('term', ?)", (term,))
+            self._term = term
+
+    def see_oldest_job(self, number: int) -> None:
+        """Jobs before this one have ended: forget their steps, and refuse late copies of their orders from now on."""
+        if number > self._oldest:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.execute("INSERT OR REPLACE INTO number VALUES ('oldest_job', ?)", (number,))
+            self._db.execute("DELETE FROM step WHERE job < ?", (number,))
+            self._db.execute("COMMIT")
+            self._oldest = number
+
+    def refused(self, instance: str) -> int:
+        """The highest generation of the instance that this node promised to refuse; 0 = none."""
+        row = self._db.execute("SELECT generation FROM refused WHERE instance = ?", (instance,)).fetchone()
+        return int(row[0]) if row else 0
+
+    def refuse(self, instance: str, generation: int) -> None:
+        """Promise to refuse this generation of the instance and all before it."""
+        if generation > self.refused(instance):
+            self._db.execute("INSERT OR REPLACE INTO refused VALUES (?, ?)", (instance, generation))
+
+    def step(self, job: int, step: str) -> tuple[str, Any] | None:
+        """(``running`` | ``done`` | ``undoing`` | ``undone``, result), or None if it is not known."""
+        row = self._db.execute("SELECT state, result FROM step WHERE job = ? AND step = ?", (job, step)).fetchone()
+        return (row[0], json.loads(row[1]) if row[1] else None) if row else None
+
+    def set_step(self, job: int, step: str, state: str, result: Any = None) -> None:
+        """Remember how far a step is."""
+        self._db.execute("INSERT OR REPLACE INTO step VALUES (?, ?, ?, ?)", (job, step, state, json.dumps(result)))
+
+    def drop_step(self, job: int, step: str) -> None:
+        """The step failed without effect: a repeat may try again."""
+        self._db.execute("DELETE FROM step WHERE job = ? AND step = ? AND state = 'running'", (job, step))
+
+    def close(self) -> None:
+        """Close the database."""
+        self._db.close()

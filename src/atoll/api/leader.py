@@ -1,0 +1,104 @@
+"""What an API needs of the master that leads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from atoll.model.messages import NodeReport, Progress
+from atoll.model.objects import Job
+from atoll.operations.state import State
+
+
+@dataclass(frozen=True)
+class Submission:
+    """The answer to a request: the job, or what it would do (``dry_run``). ``repeated``: this key was submitted before."""
+
+    job: int | None
+    summary: str
+    repeated: bool = False
+    shared: tuple[str, ...] = ()
+    exclusive: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that ``cluster verify`` found: what, on which object, since when, and what to type."""
+
+    severity: str
+    what: str
+    about: str
+    why: str
+    since: float | None
+    commands: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks: a name for the audit and a role."""
+
+    name: str
+    role: str
+
+
+@dataclass(frozen=True)
+class JoinAnswer:
+    """What a node gets when it joins: its certificate, the CA's, and its place in the cluster."""
+
+    node: str
+    cluster: str
+    certificate: str
+    ca: str
+    masters: tuple[str, ...] = ()
+    hypervisor: str = "qemu"
+    extra: dict[str, str] = field(default_factory=dict)
+
+
+class Leader(Protocol):
+    """The master that leads. All calls raise AtollError; NotLeader when another leads."""
+
+    @property
+    def state(self) -> State:
+        """The cluster as it is: stored objects (``state.store``) and what agents report (``state.alive``, ``state.report``)."""
+
+    async def submit(
+        self, operation: str, target: str, request: dict[str, Any], *, who: Caller, key: str = "", dry_run: bool = False
+    ) -> Submission:
+        """Check a request and make it a job, durably. ``target`` is a name or id, or empty. The same key and request give the same
+        job again; the same key with another request is KeyReused."""
+
+    async def cancel_job(self, job: int) -> None:
+        """Ask a job to stop: it is undone; past its commit it goes on. Ended = WrongState."""
+
+    async def resume_job(self, job: int, node_is_dead: str | None = None) -> None:
+        """Let a job that needs attention try again. ``node_is_dead``: the human's word for this node, refused if it answers."""
+
+    async def undo_job(self, job: int) -> None:
+        """Undo a job that needs attention. Past its commit: WrongState."""
+
+    async def wait_job(self, job: int, seconds: float) -> tuple[Job, Progress]:
+        """The job and how far it is, when it has changed (state or progress) or after ``seconds``."""
+
+    def job_progress(self, job: int) -> Progress:
+        """How far a job is."""
+
+    async def verify(self) -> list[Finding]:
+        """Look at everything: strangers, half-made things, missing things, held things."""
+
+    async def join_token(self, name: str, group: str | None) -> str:
+        """A token with which the node ``name`` may join once within 15 minutes."""
+
+    async def api_token(self, name: str, role: str) -> str:
+        """A new API token; shown once, kept as a hash."""
+
+    async def join(self, token: str, name: str, address: str, port: int, csr: str) -> JoinAnswer:
+        """A node joins. Errors: TokenInvalid, AlreadyExists."""
+
+    async def report(self, node: str, report: NodeReport) -> dict[str, Any]:
+        """A node's heartbeat; the answer tells the term and what the agent should know."""
+
+    def caller_of_token(self, token: str) -> Caller:
+        """Who has this API token. Errors: Unauthenticated."""
+
+    def node_of_serial(self, serial: str) -> str:
+        """The id of the node with this certificate. Errors: Forbidden (removed nodes are refused by serial)."""

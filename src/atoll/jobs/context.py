@@ -1,0 +1,191 @@
+"""What an operation works with: journaled steps.
+
+Every effect is a step with an explicit, unique key. Its intent (with its undo) is durable before the effect, its result after it.
+On replay a finished step gives its result again, one in flight is repeated (agents join or repeat it safely).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from atoll.jobs.steps import Changes, ReplayMismatch, Undo, args_hash
+from atoll.model.messages import Progress
+from atoll.model.objects import Job, Step, StepState, Stored
+from atoll.runtime import faults
+
+if TYPE_CHECKING:
+    from atoll.jobs.engine import Engine
+
+T = TypeVar("T")
+
+
+async def unbroken(work: Awaitable[T]) -> T:
+    """Let the work end even if the waiting task is cancelled meanwhile, then let the cancellation through."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError:
+                continue
+        raise
+
+
+class JobContext:
+    """One run of one job. Made by the engine."""
+
+    def __init__(self, engine: Engine, job: Job, journal: list[Step]) -> None:
+        self._engine, self._job = engine, job
+        self._journal = {step.key: step for step in journal}
+        self._next = len(journal)
+        self._seen: set[str] = set()
+        #: Results that are known but not yet durable; they go with the next transaction.
+        self._pending: list[Stored] = []
+
+    @property
+    def id(self) -> int:
+        """The job's number."""
+        return self._job.number
+
+    @property
+    def state(self) -> Any:
+        """The cluster as it is now; only for the functions given to ``read`` and ``write``."""
+        return self._engine.state
+
+    @property
+    def committed(self) -> bool:
+        """Whether ``commit`` has passed."""
+        return self._job.committed
+
+    def progress(self, percent: float | None, text: str) -> None:
+        """Tell how far the job is."""
+        self._engine.set_progress(self.id, Progress(percent=percent, text=text))
+
+    async def read(self, key: str, function: Callable[[], Any]) -> Any:
+        """Fix a value: clock, random, ids, anything read from the store. JSON-able; read again only if it never became durable."""
+        step = self._replayed(key, "read", "")
+        if step is not None:
+            return step.result
+        result = function()
+        self._pending.append(self._new(key, "read", state=StepState.DONE, result=result))
+        return result
+
+    async def write(self, key: str, function: Callable[[], Changes], undo: Undo | None = None) -> Any:
+        """Change the store; the journal record is in the same transaction, so it is done exactly once."""
+        step = self._replayed(key, "write", "")
+        if step is not None:
+            return step.result
+        await self._point("before-write")
+        changes = function()
+        record = self._new(key, "write", state=StepState.DONE, result=changes.result, undo=undo)
+        await self._flush([*changes.put, record], changes.delete)
+        await self._point("after-write")
+        return changes.result
+
+    async def call(
+        self,
+        key: str,
+        node: str,
+        method: str,
+        args: dict[str, Any] | None = None,
+        *,
+        undo: Undo | None = None,
+        deadline: float = 60.0,
+        span: tuple[float, float] | None = None,
+    ) -> Any:
+        """Order a node to do something. ``span`` maps the order's own percent onto the job's.
+
+        Errors: the agent's; Unreachable or DeadlineExceeded when the outcome is not known after ``deadline`` seconds.
+        """
+        args = args or {}
+        digest = args_hash(node, method, args, undo.to_json() if undo else None)
+        step = self._replayed(key, "call", digest)
+        if step is not None and step.state is StepState.DONE:
+            return step.result
+        if step is None:
+            await self._point("before-intent")
+            step = self._new(key, "call", node=node, method=method, args_hash=digest, undo=undo)
+            await self._flush([step], [])
+        await self._point("after-intent")
+        result = await self._engine.agents.order(node, self.id, key, method, args, deadline=deadline, report=self._reporter(key, span))
+        await self._point("after-effect")
+        done = step.model_copy(update={"state": StepState.DONE, "result": result})
+        self._journal[key] = done
+        self._pending.append(done)
+        return result
+
+    async def ask(self, node: str, method: str, args: dict[str, Any] | None = None, deadline: float = 10.0) -> Any:
+        """A question to a node whose answer is not journaled: only for decisions that a later ``read`` or ``write`` fixes."""
+        return await self._engine.agents.ask(node, method, args, deadline=deadline)
+
+    async def commit(self) -> None:
+        """From here on the job only goes forward: failure and cancel no longer undo it."""
+        if not self._job.committed:
+            self._job = self._job.model_copy(update={"committed": True})
+            await self._flush([self._job], [])
+            self._engine.note(self._job)
+
+    async def child(self, key: str, operation: str, target: str, request: dict[str, Any]) -> int:
+        """Submit a child job; its number. Undoing this step cancels the child if it has not ended."""
+        step = self._replayed(key, "write", "")
+        if step is not None:
+            return int(step.result)
+        child = self._engine.new_job(operation, target, request, who=self._job.who, parent=self.id)
+        record = self._new(key, "write", state=StepState.DONE, result=child.number, undo=Undo("job.cancel", {"job": child.number}))
+        await self._flush([child, record], [])
+        self._engine.admit(child)
+        return child.number
+
+    async def ended(self, child: int) -> Job:
+        """Wait until a child job has ended, or needs attention."""
+        return await self._engine.ended(child)
+
+    async def finish(self, job: Job) -> None:
+        """Write the job's end together with what is still pending. For the engine."""
+        await self._flush([job], [])
+
+    # --- journal ---
+
+    def _replayed(self, key: str, what: str, digest: str) -> Step | None:
+        if key in self._seen:
+            raise ReplayMismatch(f"step {key!r} occurs twice")
+        self._seen.add(key)
+        step = self._journal.get(key)
+        if step is not None and (step.what != what or step.args_hash != digest):
+            raise ReplayMismatch(f"step {key!r} differs from the journal")
+        return step
+
+    def _new(self, key: str, what: Any, *, undo: Undo | None = None, **fields: Any) -> Step:
+        step = Step(
+            id=f"{self._job.id}/{self._next:04d}",
+            key=key,
+            what=what,
+            undo=undo.to_json() if undo else None,
+            at=self._engine.clock.now(),
+            **fields,
+        )
+        self._next += 1
+        self._journal[key] = step
+        return step
+
+    async def _flush(self, put: list[Stored], delete: list[Stored]) -> None:
+        pending, self._pending = self._pending, []
+        latest = {item.id: item for item in [*pending, *put] if isinstance(item, Step)}
+        others = [item for item in put if not isinstance(item, Step)]
+        await unbroken(self._engine.store.write(put=[*others, *latest.values()], delete=delete))
+
+    async def _point(self, phase: str) -> None:
+        await faults.point(f"master:{self._job.operation}:{self._next:02d}:{phase}")
+
+    def _reporter(self, key: str, span: tuple[float, float] | None) -> Callable[[Progress], None]:
+        low, high = span or (0.0, 100.0)
+
+        def report(progress: Progress) -> None:
+            percent = None if progress.percent is None else low + (high - low) * progress.percent / 100
+            self._engine.set_progress(self.id, Progress(percent=percent, text=progress.text or key))
+
+        return report

@@ -1,0 +1,315 @@
+"""Runs jobs: grants locks, replays, finishes or undoes them, and holds what cannot be decided."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+import structlog
+
+from atoll.jobs.context import JobContext, unbroken
+from atoll.jobs.locks import LockTable
+from atoll.jobs.steps import Attention
+from atoll.jobs.submit import Submitter
+from atoll.jobs.undo import UndoFailed, undo_steps
+from atoll.model.errors import AtollError, Cancelled, DeadlineExceeded, Held, NotFound, NotLeader, StoreError, WrongState
+from atoll.model.messages import Progress
+from atoll.model.objects import Hold, Job, JobState, Step
+from atoll.rpc.agents import Agents
+from atoll.runtime.clock import Clock
+from atoll.store.cache import LeaderStore
+
+log = structlog.get_logger()
+#: Pauses between attempts of a committed job that failed, in seconds.
+FORWARD_PAUSES = (0.5, 1.0, 2.0, 5.0, 10.0)
+
+
+class Engine:
+    """All jobs of one term. ``operation`` finds an operation by name; ``state`` is what operations see of the cluster."""
+
+    def __init__(self, store: LeaderStore, clock: Clock, operation: Callable[[str], Any], state: Any) -> None:
+        self.store, self.clock, self.state = store, clock, state
+        self.operation = operation
+        self.agents: Agents
+        self.stopping = False
+        self._locks = LockTable()
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._progress: dict[int, Progress] = {}
+        self._changed: dict[int, asyncio.Event] = {}
+        self._recovering: set[int] = set()
+        self._open = {job.number for job in store.all(Job) if not job.state.ended}
+        self.submitter = Submitter(self)
+
+    # --- life ---
+
+    async def start(self, agents: Agents) -> None:
+        """Take up every job that has not ended. Jobs that were under way wait for the agents in their journals."""
+        self.agents = agents
+        for job in self.store.all(Job):
+            if job.state.active:
+                granted = job.state is not JobState.QUEUED
+                if granted:
+                    self._recovering.add(job.number)
+                self._locks.add(job.number, job.locks, parent=job.parent, granted=granted)
+                if granted:
+                    self._spawn(job.number)
+        self._grant()
+
+    async def stop(self) -> None:
+        """Stop working; jobs stay as they are and are taken up by the next start."""
+        self.stopping = True
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def oldest_job(self) -> int:
+        """The oldest job that has not ended; orders of older ones are late copies."""
+        return min(self._open, default=self.submitter.next_number)
+
+    # --- asking ---
+
+    def job(self, number: int) -> Job:
+        """A job by number. Errors: NotFound."""
+        job = self.store.get(Job, f"{number:010d}")
+        if job is None:
+            raise NotFound(f"there is no job {number}", hint="atoll job list")
+        return job
+
+    def steps(self, number: int) -> list[Step]:
+        """A job's journal, in order."""
+        return self.store.prefix(Step, f"{number:010d}/")
+
+    def progress(self, number: int) -> Progress:
+        """How far a job is."""
+        return self._progress.get(number, Progress())
+
+    def set_progress(self, number: int, progress: Progress) -> None:
+        """Remember it, and wake those who watch."""
+        self._progress[number] = progress
+        self._wake(number)
+
+    async def wait(self, number: int, seconds: float) -> Job:
+        """The job when it has changed or made progress, or after ``seconds``."""
+        job = self.job(number)
+        if not job.state.ended and job.state is not JobState.NEEDS_ATTENTION:
+            event = self._changed.setdefault(number, asyncio.Event())
+            try:
+                await asyncio.wait_for(event.wait(), seconds)
+            except TimeoutError:
+                pass
+        return self.job(number)
+
+    async def ended(self, number: int) -> Job:
+        """The job when it has ended or needs attention."""
+        while True:
+            job = self.job(number)
+            if job.state.ended or job.state is JobState.NEEDS_ATTENTION:
+                return job
+            await self._changed.setdefault(number, asyncio.Event()).wait()
+
+    def busy(self, resource: str) -> bool:
+        """Whether a job holds a lock on the resource now."""
+        return bool(self._locks.holders(resource))
+
+    # --- submitting (see submit.py) ---
+
+    def new_job(self, operation: str, target: str, request: dict[str, Any], *, who: str, parent: int) -> Job:
+        """Prepare a child's job; the caller writes it, then calls ``admit``."""
+        return self.submitter.prepare(operation, target, request, who=who, parent=parent)
+
+    def admit(self, job: Job) -> None:
+        """A submitted job is durable: let it ask for its locks."""
+        self._open.add(job.number)
+        self._locks.add(job.number, job.locks, parent=job.parent)
+        self._grant()
+
+    def note(self, job: Job) -> None:
+        """The job's record has changed."""
+        self._wake(job.number)
+
+    # --- steering ---
+
+    async def cancel(self, number: int) -> None:
+        """Ask a job to stop. Errors: WrongState when it has ended or is past its commit."""
+        job = self.job(number)
+        if not job.state.active:
+            raise WrongState(f"job {number} is {job.state}; it cannot be cancelled", hint=f"atoll job info {number}")
+        if job.committed:
+            raise WrongState(f"job {number} has passed its commit and only goes forward", hint=f"atoll job watch {number}")
+        if job.state is JobState.UNDOING or job.cancel_asked:
+            return
+        await self._write(put=[self.job(number).model_copy(update={"cancel_asked": True})])
+        task = self._tasks.get(number)
+        if task is not None:
+            task.cancel()
+        else:
+            self._spawn(number)
+
+    async def resume(self, number: int, *, undo: bool = False) -> None:
+        """Let a job that needs attention try again, or undo it. It queues for its locks; its holds stay until it has them."""
+        job = self.job(number)
+        if job.state is not JobState.NEEDS_ATTENTION:
+            raise WrongState(f"job {number} is {job.state}, not needs-attention", hint=f"atoll job info {number}")
+        if undo and job.committed:
+            raise WrongState(f"job {number} has passed its commit and cannot be undone", hint=f"atoll job resume {number}")
+        job = job.model_copy(update={"state": JobState.QUEUED, "undoing": job.undoing or undo, "reason": "", "commands": ()})
+        await self._write(put=[job])
+        self._recovering.add(number)
+        self._wake(number)
+        self.admit(job)
+
+    # --- running ---
+
+    def _grant(self) -> None:
+        for number in self._locks.grantable():
+            if number not in self._tasks:
+                self._spawn(number)
+
+    def _spawn(self, number: int) -> None:
+        task = asyncio.get_running_loop().create_task(self._live(number), name=f"job {number}")
+        self._tasks[number] = task
+
+    async def _live(self, number: int) -> None:
+        """Run a job to one of its ends. Whatever happens, it ends or the whole term does."""
+        try:
+            with structlog.contextvars.bound_contextvars(job=number):
+                while True:
+                    try:
+                        await self._work(number)
+                        break
+                    except asyncio.CancelledError:
+                        # A cancel request: look at the job's record again. At the end of the term the job stays as it is.
+                        if self.stopping:
+                            return
+        except (NotLeader, StoreError) as error:
+            # Deposed, or the store is gone: the next leader takes the job up from its journal.
+            log.warning("job left to the next leader", job=number, error=error.message)
+        finally:
+            if self._tasks.get(number) is asyncio.current_task():
+                del self._tasks[number]
+            if not self.stopping and not self.job(number).state.active:
+                if self.job(number).state.ended:
+                    self._open.discard(number)
+                self._locks.remove(number)
+                self._wake(number)
+                self._changed.pop(number, None)
+                self._grant()
+
+    async def _work(self, number: int) -> None:
+        if number in self._recovering:
+            await self._interruptible(number, self.agents.acknowledged({s.node for s in self.steps(number) if s.node}))
+            self._recovering.discard(number)
+        job = self.job(number)
+        if job.undoing or (job.cancel_asked and not job.committed):
+            await self._undo(job, Cancelled(f"job {number} was cancelled"))
+            return
+        if job.started is None:
+            try:
+                self._check_holds(job)
+            except Held as error:
+                await self._undo(job, error)
+                return
+        update = {"state": JobState.RUNNING, "started": job.started or self.clock.now()}
+        job = job.model_copy(update=update)
+        await self._write(put=[job], delete=self._own_holds(job))
+        self._wake(number)
+        await self._run(job)
+
+    async def _run(self, job: Job) -> None:
+        operation = self.operation(job.operation)
+        attempt = 0
+        loop = asyncio.get_running_loop()
+        end = loop.time() + max(1.0, job.deadline - (self.clock.now() - (job.started or self.clock.now())))
+        while True:
+            context = JobContext(self, self.job(job.number), self.steps(job.number))
+            try:
+                if operation.version != job.version:
+                    raise WrongState(f"job {job.number} was begun by another version of {job.operation}")
+                async with asyncio.timeout_at(end):
+                    result = await operation.run(context, job.request)
+                done = {"state": JobState.DONE, "ended": self.clock.now(), "result": result, "error": None}
+                await context.finish(self.job(job.number).model_copy(update=done))
+                return
+            except Attention as attention:
+                await self._attend(self.job(job.number), attention.message, attention.commands)
+                return
+            except asyncio.CancelledError:
+                job = self.job(job.number)
+                if self.stopping or not job.cancel_asked:
+                    raise
+                error: AtollError = Cancelled(f"job {job.number} was cancelled")
+            except TimeoutError:
+                error = DeadlineExceeded(f"job {job.number} was not done within {job.deadline:g} s")
+            except (NotLeader, StoreError):
+                raise
+            except AtollError as caught:
+                error = caught
+            except Exception as caught:  # a bug in an operation must not leave its job without an end
+                log.exception("operation failed", job=job.number, operation=job.operation)
+                error = AtollError(f"{job.operation} failed unexpectedly: {type(caught).__name__}: {caught}")
+            job = self.job(job.number)
+            if not job.committed:
+                await self._undo(job, error)
+                return
+            pause = FORWARD_PAUSES[min(attempt, len(FORWARD_PAUSES) - 1)]
+            attempt += 1
+            if attempt > 5 or loop.time() + pause >= end:
+                again = f"atoll job resume {job.number}"
+                await self._attend(job, f"past its commit, and {error.message}", (again,))
+                return
+            log.warning("committed job tries again", job=job.number, error=error.message, pause=pause)
+            await asyncio.sleep(pause)
+
+    async def _undo(self, job: Job, error: AtollError) -> None:
+        update: dict[str, Any] = {"state": JobState.UNDOING, "undoing": True, "started": job.started or self.clock.now()}
+        if job.error is None:
+            update["error"] = error.to_wire()
+        job = job.model_copy(update=update)
+        await self._write(put=[job], delete=self._own_holds(job))
+        self._wake(job.number)
+        try:
+            await self._interruptible(job.number, undo_steps(self, job))
+        except UndoFailed as failed:
+            await self._attend(self.job(job.number), f"it failed ({error.message}) and cannot be undone: {failed.message}", failed.commands)
+            return
+        job = self.job(job.number).model_copy(update={"state": JobState.UNDONE, "ended": self.clock.now()})
+        await self._write(put=[job])
+
+    async def _interruptible(self, number: int, work: Coroutine[Any, Any, None]) -> None:
+        """A cancel request must not break off an undo or a recovery: only the end of the term may."""
+        task = asyncio.ensure_future(work)
+        while not task.done():
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError:
+                if self.stopping or not self.job(number).cancel_asked:
+                    task.cancel()
+                    raise
+        task.result()
+
+    async def _attend(self, job: Job, reason: str, commands: tuple[str, ...]) -> None:
+        commands = commands or (f"atoll job resume {job.number}", f"atoll job undo {job.number}")
+        holds = [Hold(id=resource, job=job.number, reason=reason, commands=commands) for resource in job.locks.exclusive]
+        job = job.model_copy(update={"state": JobState.NEEDS_ATTENTION, "reason": reason, "commands": commands})
+        await self._write(put=[job, *holds])
+        log.error("job needs attention", job=job.number, reason=reason, commands=commands)
+
+    async def _write(self, put: list[Any], delete: Sequence[Any] = ()) -> None:
+        await unbroken(self.store.write(put=put, delete=delete))
+
+    def _own_holds(self, job: Job) -> list[Hold]:
+        return [hold for hold in self.store.all(Hold) if hold.job == job.number]
+
+    def _check_holds(self, job: Job) -> None:
+        for resource in (*job.locks.exclusive, *job.locks.shared):
+            hold = self.store.get(Hold, resource)
+            if hold is not None and hold.job != job.number:
+                raise Held(f"{resource} is held by job {hold.job}: {hold.reason}", hint="; ".join(hold.commands))
+
+    def _wake(self, number: int) -> None:
+        event = self._changed.pop(number, None)
+        if event is not None:
+            event.set()

@@ -1,0 +1,304 @@
+"""The requests of all operations, as they come from the edge. Objects are named by name or id; sizes are bytes.
+
+They are checked here for form only; whether they fit the cluster is checked by each operation's ``prepare``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from atoll.model.units import MAX_SIZE, MIB
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=63)]
+Ref = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+Tag = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:/=+@-]+$")]
+Size = Annotated[int, Field(gt=0, le=MAX_SIZE, description="bytes")]
+
+
+class Request(BaseModel):
+    """The root of requests: unknown fields are errors, so that a typing mistake never passes for a default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Nothing(Request):
+    """No parameters."""
+
+
+# --- cluster ---
+
+
+class ClusterModify(Request):
+    """Change defaults of the cluster."""
+
+    driver_options: dict[str, dict[str, str]] = Field(default_factory=dict)
+    hypervisor: Literal["qemu", "fake"] | None = None
+
+
+class TagsChange(Request):
+    """Add and remove tags."""
+
+    add: list[Tag] = Field(default_factory=list)
+    remove: list[Tag] = Field(default_factory=list)
+
+
+# --- groups ---
+
+
+class GroupAdd(Request):
+    """Make a node group."""
+
+    name: Name
+    cpu_model: str = ""
+    accelerator: Literal["tcg", "kvm", ""] = ""
+    machine: str = ""
+
+
+class GroupModify(Request):
+    """Change a group; a new pin holds for instances made from then on."""
+
+    cpu_model: str | None = None
+    accelerator: Literal["tcg", "kvm"] | None = None
+    machine: str | None = None
+    #: Driver -> pool: what ``-t DRIVER`` means in this group; an empty pool removes the entry.
+    default_pools: dict[str, str] = Field(default_factory=dict)
+
+
+class Rename(Request):
+    """Give a new name."""
+
+    new_name: Name
+
+
+class AssignNodes(Request):
+    """Put nodes into this group."""
+
+    nodes: list[Ref] = Field(min_length=1)
+
+
+# --- nodes ---
+
+
+class NodeModify(Request):
+    """Change what the administrator says of a node."""
+
+    offline: bool | None = None
+    drained: bool | None = None
+    roles: list[str] | None = None
+
+
+class NodeRemove(Request):
+    """Take a node out of the cluster for good."""
+
+
+class NodeMove(Request):
+    """Move all (or the named) instances of a node: migrate, failover, evacuate."""
+
+    target: Ref | None = None
+    node_is_dead: bool = False
+
+
+class NodeDeclareDead(Request):
+    """A human's word that the node is off, for this moment. Refused for a node that answers."""
+
+
+# --- pools ---
+
+
+class PoolAdd(Request):
+    """Make a storage pool and connect it to groups (all of them if none is named)."""
+
+    name: Name
+    driver: Name
+    options: dict[str, str] = Field(default_factory=dict)
+    groups: list[Ref] = Field(default_factory=list)
+
+
+class PoolRemove(Request):
+    """Remove a pool without volumes; foreign files on it stay."""
+
+
+class PoolConnect(Request):
+    """Let a group reach the pool, or end that."""
+
+    group: Ref
+
+
+class PoolModify(Request):
+    """Open a pool for new volumes, or close it."""
+
+    state: Literal["ready", "closed"]
+    reason: str = ""
+
+
+# --- volumes ---
+
+
+class VolumeCreate(Request):
+    """Make a volume. ``pool`` is a pool, or a driver with one candidate; ``node`` is needed for node-local pools."""
+
+    name: Name | None = None
+    pool: Ref
+    size: Size | None = None
+    node: Ref | None = None
+    #: Name of an existing image in the pool, to adopt instead of making one.
+    adopt: str | None = None
+    options: dict[str, str] = Field(default_factory=dict)
+    tags: list[Tag] = Field(default_factory=list)
+
+
+class VolumeGrow(Request):
+    """Grow to ``size``, or by ``increment``; exactly one is given."""
+
+    size: Size | None = None
+    increment: Size | None = None
+
+
+# --- instances ---
+
+
+class DiskSpec(Request):
+    """A new disk of an instance: ``size`` (or an image to ``adopt``), in ``pool`` (else the instance's ``template``)."""
+
+    size: Size | None = None
+    pool: Ref | None = None
+    adopt: str | None = None
+    name: Name | None = None
+    mode: Literal["rw", "ro"] = "rw"
+    options: dict[str, str] = Field(default_factory=dict)
+
+
+class NicSpec(Request):
+    """A new network card; the MAC address is made up if none is given."""
+
+    mode: Literal["user", "bridged"] = "user"
+    link: str = ""
+    mac: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{2}(:[0-9a-f]{2}){5}$")] | None = None
+
+
+class InstanceAdd(Request):
+    """Make an instance. ``template`` is Ganeti's disk template: ``DRIVER``, ``DRIVER:POOL`` or a pool."""
+
+    name: Name
+    template: Ref | None = None
+    disks: list[DiskSpec] = Field(default_factory=list, max_length=8)
+    nics: list[NicSpec] = Field(default_factory=list, max_length=4)
+    memory: Annotated[int, Field(ge=16 * MIB, le=1 << 46)] = 128 * MIB
+    vcpus: Annotated[int, Field(ge=1, le=512)] = 1
+    node: Ref | None = None
+    secondary: Ref | None = None
+    group: Ref | None = None
+    os: str = ""
+    kernel: str = ""
+    initrd: str = ""
+    append: str = ""
+    start: bool = True
+    tags: list[Tag] = Field(default_factory=list)
+
+
+class InstanceRemove(Request):
+    """Stop and remove an instance with its disks; ``keep_disks`` leaves them as volumes."""
+
+    keep_disks: bool = False
+    timeout: Annotated[float, Field(ge=0, le=3600)] = 30.0
+
+
+class InstanceStart(Request):
+    """Start it; ``node`` may name another node than the last one where all disks can be reached."""
+
+    node: Ref | None = None
+    node_is_dead: bool = False
+
+
+class InstanceStop(Request):
+    """Stop by ACPI; after ``timeout`` seconds by force (0 = at once)."""
+
+    timeout: Annotated[float, Field(ge=0, le=3600)] = 120.0
+
+
+class InstanceReboot(Request):
+    """``soft`` asks the guest, ``hard`` resets it, ``full`` stops and starts it with present parameters."""
+
+    type: Literal["soft", "hard", "full"] = "hard"
+
+
+class InstanceMigrate(Request):
+    """Move it alive to ``node``, or where placement says."""
+
+    node: Ref | None = None
+    #: If it cannot be migrated because it does not run, or its node is dead: start it elsewhere instead.
+    allow_failover: bool = False
+
+
+class InstanceFailover(Request):
+    """Stop it (if its node answers) and start it elsewhere."""
+
+    node: Ref | None = None
+    node_is_dead: bool = False
+    timeout: Annotated[float, Field(ge=0, le=3600)] = 120.0
+
+
+class InstanceMove(Request):
+    """Copy its node-local disks to another node and let it run there; alive if it runs."""
+
+    node: Ref
+    #: Pool on the target for the disks; default: the same pool.
+    pool: Ref | None = None
+
+
+class GrowDisk(Request):
+    """Grow disk ``index`` by ``increment`` or to ``size``; a running guest sees it at once."""
+
+    index: Annotated[int, Field(ge=0, le=63)] = 0
+    size: Size | None = None
+    increment: Size | None = None
+
+
+class AddDisk(Request):
+    """Make a volume and plug it."""
+
+    disk: DiskSpec
+    template: Ref | None = None
+
+
+class AttachDisk(Request):
+    """Plug an existing volume."""
+
+    volume: Ref
+    mode: Literal["rw", "ro"] = "rw"
+
+
+class DetachDisk(Request):
+    """Unplug a disk, by index or volume; the volume stays. Also the request of remove-disk, which deletes it."""
+
+    index: Annotated[int, Field(ge=0, le=63)] | None = None
+    volume: Ref | None = None
+    #: Seconds that a running guest has to let go of it.
+    timeout: Annotated[float, Field(gt=0, le=600)] = 20.0
+
+
+class InstanceModify(Request):
+    """Change parameters; they take effect at the next start."""
+
+    memory: Annotated[int, Field(ge=16 * MIB, le=1 << 46)] | None = None
+    vcpus: Annotated[int, Field(ge=1, le=512)] | None = None
+    os: str | None = None
+    kernel: str | None = None
+    initrd: str | None = None
+    append: str | None = None
+    #: Replaces all network cards.
+    nics: list[NicSpec] | None = None
+
+
+class ActivateDisks(Request):
+    """Make the disks usable on the node of a stopped instance, and show their paths; or end that."""
+
+    node: Ref | None = None
+
+
+class Recreate(Request):
+    """Make missing images of the disks again, empty; those that exist are left alone. Only while it does not run."""
+
+    disks: list[Annotated[int, Field(ge=0, le=63)]] = Field(default_factory=list)

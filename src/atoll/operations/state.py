@@ -1,0 +1,120 @@
+"""What operations and views see of the cluster: the stored objects and what the agents report."""
+
+from __future__ import annotations
+
+import random
+from typing import Protocol
+
+from atoll.model.errors import AmbiguousPool, Held, NotFound, WrongState
+from atoll.model.messages import NodeReport, PoolRef
+from atoll.model.objects import Claim, Cluster, DeathProof, Disk, Group, Hold, Instance, Node, Pool, Volume
+from atoll.runtime.clock import Clock
+from atoll.storage import registry
+from atoll.storage.contract import DriverInfo
+from atoll.store.cache import LeaderStore
+
+
+class Health(Protocol):
+    """What the master knows of its nodes from their reports."""
+
+    def alive(self, node: str) -> bool:
+        """Whether the node with this id has reported lately."""
+
+    def report(self, node: str) -> NodeReport | None:
+        """Its newest report, however old."""
+
+    def since(self, node: str) -> float | None:
+        """Seconds since its newest report; None = never."""
+
+
+class State:
+    """The cluster as it is now. Reads are from memory; nothing here changes anything."""
+
+    def __init__(self, store: LeaderStore, health: Health, clock: Clock, rng: random.Random) -> None:
+        self.store, self.health, self.clock, self.rng = store, health, clock, rng
+
+    @property
+    def cluster(self) -> Cluster:
+        """The cluster's own record."""
+        return self.store.require(Cluster, "cluster")
+
+    def usable(self, node: Node) -> bool:
+        """Whether new work may be given to the node: it answers and is neither offline nor drained."""
+        return not node.offline and not node.drained and self.health.alive(node.id)
+
+    def claim(self, instance: str) -> Claim:
+        """The claim of an instance; a free one with generation 0 if it never ran."""
+        return self.store.get(Claim, instance) or Claim(id=instance)
+
+    def proved_dead(self, node: str) -> bool:
+        """Whether a proof of this node's death stands."""
+        return self.store.get(DeathProof, node) is not None
+
+    def driver(self, pool: Pool) -> DriverInfo:
+        """The capabilities of a pool's driver."""
+        return registry.info(pool.driver)
+
+    def ref(self, pool: Pool, node: Node) -> PoolRef:
+        """The pool as a driver on that node sees it."""
+        return PoolRef(id=pool.id, name=pool.name, driver=pool.driver, options=pool.options, node=node.name, cluster=self.cluster.id)
+
+    def volumes_of(self, instance: Instance) -> list[tuple[Disk, Volume]]:
+        """The disks of an instance with their volumes, in disk order."""
+        return [(disk, self.store.require(Volume, disk.volume)) for disk in instance.disks]
+
+    def nodes_of_group(self, group: str) -> list[Node]:
+        """The nodes of a group."""
+        return [node for node in self.store.all(Node) if node.group == group]
+
+    def mobility_domain(self, instance: Instance) -> list[Group]:
+        """The groups that reach all of an instance's pools."""
+        pools = [self.store.require(Pool, volume.pool) for _, volume in self.volumes_of(instance)]
+        return [group for group in self.store.all(Group) if all(group.id in pool.groups for pool in pools)]
+
+    def resolve_pool(self, text: str, group: str | None = None) -> Pool:
+        """A pool by name, id, ``DRIVER:POOL`` or ``DRIVER`` (the group's default of that driver, or the only candidate).
+
+        Errors: NotFound, AmbiguousPool (lists the candidates).
+        """
+        if ":" in text:
+            driver, name = text.split(":", 1)
+            pool = self.store.by_name(Pool, name)
+            if pool is None or pool.driver != driver:
+                raise NotFound(f"there is no pool {name!r} with driver {driver!r}", hint="atoll pool list")
+            return pool
+        pool = self.store.by_name(Pool, text) or self.store.get(Pool, text)
+        if pool is not None:
+            return pool
+        candidates = [p for p in self.store.all(Pool) if p.driver == text and (group is None or group in p.groups)]
+        if group is not None:
+            default = self.store.require(Group, group).default_pools.get(text)
+            candidates = [p for p in candidates if p.id == default] or candidates
+        if len(candidates) == 1:
+            return candidates[0]
+        if not candidates:
+            raise NotFound(f"there is no pool {text!r}, and no pool with a driver of that name", hint="atoll pool list; atoll pool add")
+        names = ", ".join(sorted(f"{text}:{p.name}" for p in candidates))
+        raise AmbiguousPool(f"{text!r} may be any of {names}", hint=f"name one, such as -t {text}:{candidates[0].name}")
+
+    def check_free(self, *resources: str) -> None:
+        """Refuse resources that a job which needs attention holds. Errors: Held."""
+        for resource in resources:
+            hold = self.store.get(Hold, resource)
+            if hold:
+                raise Held(
+                    f"{resource} is held by job {hold.job}: {hold.reason}", hint="; ".join(hold.commands), job=hold.job, resource=resource
+                )
+
+    def pool_node(self, pool: Pool, prefer: str | None = None, owner: str | None = None) -> Node:
+        """A node whose agent can do the pool's half: the owner of the disk for node-local pools, else one that answers.
+
+        Errors: NodeUnavailable via WrongState text when none answers.
+        """
+        if self.driver(pool).node_local:
+            if owner is None:
+                raise WrongState(f"pool {pool.name} is node-local: a node must be named", hint="-n NODE")
+            return self.store.require(Node, owner)
+        candidates = [n for n in self.store.all(Node) if n.group in pool.groups and not n.offline and self.health.alive(n.id)]
+        if not candidates:
+            raise WrongState(f"no node that reaches pool {pool.name} answers", hint="atoll node list")
+        return next((n for n in candidates if n.id == prefer), candidates[0])

@@ -1,0 +1,128 @@
+"""The agents as one master's term sees them: who has acknowledged it, and how orders are repeated until their outcome is known."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from atoll.model.errors import UNKNOWN_OUTCOME, AtollError, NodeUnavailable, Unreachable
+from atoll.model.messages import Call, Hello, Progress
+from atoll.model.objects import DeathProof, Node
+from atoll.rpc.contract import Report, Transport
+from atoll.store.cache import LeaderStore
+
+#: Pauses between repeats of an order whose outcome is unknown, in seconds; the last one repeats.
+PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0)
+#: Seconds that one attempt may take before it is repeated; a repeat joins the running one, so a long order loses nothing.
+ATTEMPT = 30.0
+
+
+def quiet(_: Progress) -> None:
+    """For orders whose progress nobody watches."""
+
+
+class Agents:
+    """Orders to agents, in the name of one term."""
+
+    def __init__(self, store: LeaderStore, transport: Transport, oldest_job: Callable[[], int]) -> None:
+        self._store, self._transport, self._oldest_job = store, transport, oldest_job
+        self._greeted: dict[str, Hello] = {}
+        self._greeting: dict[str, asyncio.Lock] = {}
+
+    def node(self, node_id: str) -> Node:
+        """The node's record. Errors: NotFound."""
+        return self._store.require(Node, node_id)
+
+    def forget(self, node_id: str) -> None:
+        """The agent may be another process now: greet it again before the next order."""
+        self._greeted.pop(node_id, None)
+
+    async def greet(self, node_id: str, deadline: float = 5.0) -> Hello:
+        """Tell the agent this term, once; it answers with the steps that it is still carrying out. Errors: Unreachable, StaleTerm."""
+        async with self._greeting.setdefault(node_id, asyncio.Lock()):
+            hello = self._greeted.get(node_id)
+            if hello is None:
+                call = Call(term=self._store.term, method="hello", oldest_job=self._oldest_job(), deadline=deadline)
+                hello = Hello(**await self._transport.call(self.node(node_id), call, quiet))
+                self._greeted[node_id] = hello
+            return hello
+
+    async def acknowledged(self, node_ids: set[str]) -> None:
+        """Wait, for as long as it takes, until each of these agents has acknowledged this term or is proved dead."""
+        for node_id in sorted(node_ids):
+            pause = 0.1
+            while self._store.get(Node, node_id) is not None and self._store.get(DeathProof, node_id) is None:
+                try:
+                    await self.greet(node_id)
+                    break
+                except UNKNOWN_OUTCOME:
+                    await asyncio.sleep(pause)
+                    pause = min(pause * 2, 5.0)
+
+    async def ask(self, node_id: str, method: str, args: dict[str, Any] | None = None, *, deadline: float = 10.0) -> Any:
+        """A question that changes nothing; one attempt. Errors: the agent's, Unreachable, DeadlineExceeded."""
+        await self.greet(node_id, min(deadline, 5.0))
+        call = Call(term=self._store.term, method=method, args=args or {}, oldest_job=self._oldest_job(), deadline=deadline)
+        return await self._attempt(node_id, call, quiet)
+
+    async def order(
+        self,
+        node_id: str,
+        job: int,
+        step: str,
+        method: str,
+        args: dict[str, Any],
+        *,
+        undo: bool = False,
+        deadline: float,
+        report: Report = quiet,
+    ) -> Any:
+        """An order of a job, repeated until its outcome is known or the deadline (seconds) has passed.
+
+        Errors: the agent's; NodeUnavailable for a node that is proved dead; Unreachable or DeadlineExceeded = outcome not known.
+        """
+        loop = asyncio.get_running_loop()
+        end = loop.time() + deadline
+        attempt = 0
+        while True:
+            if self._store.get(DeathProof, node_id) is not None:
+                raise NodeUnavailable(f"node {self.node(node_id).name} is proved dead")
+            left = end - loop.time()
+            call = Call(
+                term=self._store.term,
+                job=job,
+                step=step,
+                method=method,
+                args=args,
+                undo=undo,
+                oldest_job=self._oldest_job(),
+                deadline=max(0.05, min(left, ATTEMPT)),
+            )
+            try:
+                await self.greet(node_id)
+                return await self._attempt(node_id, call, report)
+            except UNKNOWN_OUTCOME as error:
+                pause = PAUSES[min(attempt, len(PAUSES) - 1)]
+                attempt += 1
+                if loop.time() + pause >= end:
+                    raise Unreachable(
+                        f"node {self.node(node_id).name} gave no answer to {method} within {deadline:g} s: {error.message}"
+                    ) from error
+                await asyncio.sleep(pause)
+
+    async def _attempt(self, node_id: str, call: Call, report: Report) -> Any:
+        try:
+            return await self._transport.call(self.node(node_id), call, report)
+        except UNKNOWN_OUTCOME:
+            self.forget(node_id)
+            raise
+
+    async def close(self) -> None:
+        """Close the transport."""
+        await self._transport.close()
+
+
+def refused(error: AtollError) -> bool:
+    """Whether the agent refused the order without any effect."""
+    return error.code in ("stale_term", "stale_generation", "step_undone")
