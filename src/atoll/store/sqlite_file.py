@@ -1,0 +1,240 @@
+"""The database file of the SQLite store, and what is done with it in the store's one thread. Nothing here knows asyncio."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Sequence
+from pathlib import Path
+
+from atoll.model.errors import AtollError, StoreError, Unreachable
+from atoll.store.contract import Compacted, Entry, Event, Transaction
+from atoll.store.local import create_private
+from atoll.store.rules import compare_failed
+
+SCHEMA = 1
+#: Log rows are removed once so many revisions are too old, not one by one.
+TRIM_EVERY = 256
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS obj (key TEXT PRIMARY KEY, rev INTEGER NOT NULL, body BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS log (rev INTEGER NOT NULL, key TEXT NOT NULL, body BLOB, PRIMARY KEY (rev, key)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+INSERT OR IGNORE INTO meta VALUES ('schema', 1), ('rev', 0), ('compacted', 0);
+"""
+
+
+class Database:
+    """One connection to the file, used by one thread. ``revision`` is that of the last commit."""
+
+    def __init__(self, path: Path, keep_revisions: int) -> None:
+        self.path = path
+        self._keep = keep_revisions
+        self.revision = 0
+        self.compacted = 0
+        #: COMMITs so far; less than the transactions when several share one.
+        self.commits = 0
+        self._connection: sqlite3.Connection | None = None
+        self._broken = ""
+
+    # --- life ---
+
+    def open(self) -> None:
+        """Connect, check the file's integrity, make the tables. Errors: StoreError."""
+        create_private(self.path)
+        try:
+            self._connect()
+            bad = [row[0] for row in self._db.execute("PRAGMA quick_check(3)")]
+            if bad != ["ok"]:
+                raise StoreError(f"{self.path} is damaged: {bad[0]}", hint="restore a backup: docs/howto/restore-the-store.md")
+            self._db.executescript(f"BEGIN IMMEDIATE; {_TABLES} COMMIT;")
+            self._read_meta()
+        except sqlite3.DatabaseError as error:
+            self.close()
+            raise StoreError(f"cannot open {self.path}: {error}", hint="restore a backup: docs/howto/restore-the-store.md") from None
+        except StoreError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Disconnect; the WAL is folded into the file."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    @property
+    def _db(self) -> sqlite3.Connection:
+        if self._connection is None:
+            raise StoreError(self._broken or f"{self.path} is closed")
+        return self._connection
+
+    def _connect(self) -> None:
+        self._connection = sqlite3.connect(self.path, isolation_level=None, timeout=10)
+        mode = self._db.execute("PRAGMA journal_mode=WAL").fetchone()[0]
+        if mode != "wal":
+            raise StoreError(f"{self.path}: the file system does not allow a write-ahead log (journal mode {mode})")
+        # FULL: each COMMIT waits for fsync. With less, a power cut loses what was acknowledged.
+        self._db.execute("PRAGMA synchronous=FULL")
+
+    def _read_meta(self) -> None:
+        meta = dict(self._db.execute("SELECT key, value FROM meta"))
+        if meta["schema"] > SCHEMA:
+            raise StoreError(
+                f"{self.path} was written by a newer Atoll (schema {meta['schema']}, this one knows {SCHEMA})", hint="upgrade this master"
+            )
+        self.revision, self.compacted = meta["rev"], meta["compacted"]
+
+    # --- reading ---
+
+    def get(self, key: str) -> Entry | None:
+        row = self._db.execute("SELECT key, body, rev FROM obj WHERE key = ?", (key,)).fetchone()
+        return Entry(*row) if row else None
+
+    def entries(self, prefix: str) -> tuple[list[Entry], int]:
+        found = []
+        # Keys with one prefix are neighbours in the index: stop at the first that has it not.
+        for row in self._db.execute("SELECT key, body, rev FROM obj WHERE key >= ? ORDER BY key", (prefix,)):
+            if not row[0].startswith(prefix):
+                break
+            found.append(Entry(*row))
+        return found, self.revision
+
+    def events(self, prefix: str, after: int, limit: int = 1000) -> tuple[list[list[Event]], int]:
+        """The changes of at most ``limit`` revisions after ``after``, and the revision that they reach up to. Errors: Compacted."""
+        if after < self.compacted:
+            raise Compacted(f"changes up to revision {self.compacted} are no longer kept; asked for those after {after}")
+        upto = min(self.revision, after + limit)
+        batches: list[list[Event]] = []
+        for key, body, revision in self._db.execute(
+            "SELECT key, body, rev FROM log WHERE rev > ? AND rev <= ? ORDER BY rev, key", (after, upto)
+        ):
+            if key.startswith(prefix):
+                if not batches or batches[-1][0].revision != revision:
+                    batches.append([])
+                batches[-1].append(Event(key, body, revision))
+        return batches, max(upto, after)
+
+    # --- writing ---
+
+    def commit(self, transactions: Sequence[Transaction]) -> list[int | AtollError]:
+        """All of them in one SQLite transaction, each whole or not at all; the new revision or the error of each.
+
+        A failed COMMIT is StoreError when surely nothing was written (disk full), else Unreachable.
+        """
+        answers: list[int | AtollError] = []
+        before = (self.revision, self.compacted)
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            for transaction in transactions:
+                answers.append(self._try(transaction))
+            if self.revision != before[0]:
+                self._trim()
+                self._db.execute("UPDATE meta SET value = ? WHERE key = 'rev'", (self.revision,))
+        except sqlite3.Error as error:
+            self.revision, self.compacted = before
+            self._rollback()
+            return [StoreError(f"nothing was written to {self.path}: {error}", hint=_hint(error))] * len(transactions)
+        try:
+            self._db.execute("COMMIT")
+            self.commits += 1
+        except sqlite3.Error as error:
+            self.revision, self.compacted = before
+            failed = _commit_error(self.path, error)
+            self._rollback()
+            if isinstance(failed, Unreachable):
+                self._reopen()
+            return [failed if isinstance(answer, int) else answer for answer in answers]
+        return answers
+
+    def _try(self, transaction: Transaction) -> int | AtollError:
+        """Check and apply one under its savepoint. sqlite3.Error when the whole group is lost."""
+        db, before = self._db, self.revision
+        for key, wanted in transaction.compare.items():
+            row = db.execute("SELECT rev FROM obj WHERE key = ?", (key,)).fetchone()
+            found = row[0] if row else 0
+            if found != wanted:
+                return compare_failed(key, wanted, found)
+        db.execute("SAVEPOINT one")
+        try:
+            revision = before + 1
+            changed = [(revision, key, body) for key, body in transaction.put.items()]
+            db.executemany("INSERT INTO obj VALUES (?2, ?1, ?3) ON CONFLICT (key) DO UPDATE SET rev = ?1, body = ?3", changed)
+            gone = [(revision, key, None) for key in transaction.delete if db.execute("DELETE FROM obj WHERE key = ?", (key,)).rowcount]
+            if changed or gone:
+                db.executemany("INSERT INTO log VALUES (?, ?, ?)", [*changed, *gone])
+                self.revision = revision
+        except (sqlite3.DataError, sqlite3.InterfaceError, sqlite3.ProgrammingError, UnicodeError, OverflowError) as error:
+            # Something is wrong with this one's data; the others of the group are not at fault.
+            db.execute("ROLLBACK TO one")
+            self.revision = before
+            return StoreError(f"cannot store this: {error}", hint="the value is too large or not data")
+        finally:
+            if db.in_transaction:
+                db.execute("RELEASE one")
+        return self.revision
+
+    def _trim(self) -> None:
+        oldest = self.revision - self._keep
+        if oldest - self.compacted >= min(TRIM_EVERY, self._keep):
+            self._db.execute("DELETE FROM log WHERE rev <= ?", (oldest,))
+            self._db.execute("UPDATE meta SET value = ? WHERE key = 'compacted'", (oldest,))
+            self.compacted = oldest
+
+    def _rollback(self) -> None:
+        try:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+        except sqlite3.Error:
+            self._reopen()
+
+    def _reopen(self) -> None:
+        """After an I/O error, ask the file what is true.
+
+        Folding the WAL into the file writes again what an fsync may have failed to write, so that what is read from here on is
+        durable. If that fails too, nothing can be trusted: the store refuses everything until it is opened anew.
+        """
+        try:
+            self.close()
+            self._connect()
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._read_meta()
+        except (sqlite3.Error, StoreError) as error:
+            self._connection = None
+            self._broken = f"{self.path} failed and cannot be opened again: {error}"
+
+
+def _commit_error(path: Path, error: sqlite3.Error) -> AtollError:
+    # The commit mark is the last thing written to the WAL: with no room for it there is no commit. After any other error it may be there.
+    if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
+        return StoreError(f"nothing was written to {path}: {error}", hint=_hint(error))
+    return Unreachable(f"whether the change was written to {path} is not known: {error}", hint="look at the disk: dmesg, smartctl")
+
+
+def _hint(error: sqlite3.Error) -> str | None:
+    return "make room on the store's file system: df" if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL else None
+
+
+def backup(source: Path, target: Path) -> None:
+    """A consistent copy of the database at ``source`` as one file with mode 0600, durable. Writers are not held up. Errors: StoreError."""
+    partial = target.with_name(target.name + ".partial")
+    try:
+        partial.unlink(missing_ok=True)
+        create_private(partial)
+        origin, copy = sqlite3.connect(source, timeout=10), sqlite3.connect(partial)
+        try:
+            # All pages in one step: one read snapshot, which a writer cannot make begin again.
+            origin.backup(copy, pages=-1)
+            copy.execute("PRAGMA journal_mode=DELETE")
+        finally:
+            copy.close()
+            origin.close()
+        handle = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        partial.replace(target)
+        create_private(target)
+    except (sqlite3.Error, OSError) as error:
+        partial.unlink(missing_ok=True)
+        raise StoreError(f"cannot back up the store to {target}: {error}", hint="choose a directory with room, on a local disk") from None
