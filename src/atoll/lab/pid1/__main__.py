@@ -1,0 +1,63 @@
+"""``python -I -S .../pid1/__main__.py MARKER NODE_DIR READY_FD LOCK_FD``: becomes the first process of a node.
+
+READY_FD is the writing end of a pipe: it gets ``ready``, or what went wrong. LOCK_FD is the lab's lock, held until then, so that nobody
+clears the lab away while a node is half made.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+from atoll.lab.pid1.nodespec import NodeSpec
+from atoll.lab.pid1.supervisor import Supervisor, listen
+
+
+def main() -> None:
+    """Namespaces, root, services."""
+    directory, ready, lock = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    try:
+        supervisor = _become(directory)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the one who waits must hear of it
+        traceback.print_exc()
+        os.write(ready, f"{error}".encode())
+        sys.exit(1)
+    supervisor.load()
+    os.close(lock)
+    os.write(ready, b"ready")
+    os.close(ready)
+    supervisor.run()
+
+
+def _become(directory: Path) -> Supervisor:
+    spec = NodeSpec.read(directory)
+    os.umask(0o022)
+    server = listen(directory)
+    definitions = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    log = os.open(directory / "log", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    # Imported only now: a node that is plain processes needs neither.
+    from atoll.lab.pid1 import rootfs, syscalls
+
+    if spec.namespaces:
+        network = os.open(spec.netns, os.O_RDONLY | os.O_CLOEXEC)
+        syscalls.setns(network, syscalls.CLONE_NEWNET)
+        os.close(network)
+        syscalls.unshare(syscalls.CLONE_NEWNS | syscalls.CLONE_NEWUTS | syscalls.CLONE_NEWIPC | syscalls.CLONE_NEWPID)
+    if os.fork():
+        # The caller waits for the pipe, not for us.
+        os._exit(0)
+    os.setsid()
+    if spec.namespaces:
+        rootfs.build(spec, directory)
+    else:
+        syscalls.become_subreaper()
+        os.chdir(directory)
+    return Supervisor(spec, server, definitions, log)
+
+
+if __name__ == "__main__":
+    main()
