@@ -49,6 +49,12 @@ class RequestTooLarge(InvalidInput):
     code, status, default_hint = "request_too_large", 413, "send less than 1 MiB"
 
 
+class MethodNotAllowed(InvalidInput):
+    """This address exists, but not with this HTTP method."""
+
+    code, status, default_hint = "method_not_allowed", 405, "the methods are at /v1/openapi.json"
+
+
 class InvalidSize(InvalidInput):
     """A size is zero, negative, or larger than the driver can store."""
 

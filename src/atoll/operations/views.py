@@ -1,0 +1,306 @@
+"""What people and programs see of the cluster: pure functions from the state to JSON rows.
+
+Sizes are bytes, times seconds since 1970, names stand where the store has ids (with the ids beside them). Lists of 10,000 objects
+are made with one pass over each kind: see ``Index``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from atoll.model.errors import NotFound
+from atoll.model.messages import Progress
+from atoll.model.objects import Group, Instance, Job, JobState, Node, Pool, Step, Volume, VolumeState
+from atoll.operations.index import Index, Row, Spaces
+from atoll.operations.instance_views import instance
+from atoll.storage import registry
+from atoll.storage.contract import DriverInfo
+
+if TYPE_CHECKING:
+    from atoll.operations.state import State
+
+
+# --- cluster and groups ---
+
+
+def cluster(state: State) -> Row:
+    """The cluster with counts."""
+    record, index = state.cluster, Index(state)
+    jobs = state.store.all(Job)
+    return {
+        "name": record.name,
+        "id": record.id,
+        "hypervisor": record.hypervisor,
+        "ca_fingerprint": record.ca_fingerprint,
+        "driver_options": record.driver_options,
+        "drivers": [info.name for info in registry.drivers()],
+        "tags": list(record.tags),
+        "nodes": len(index.nodes),
+        "nodes_alive": sum(index.alive.values()),
+        "groups": len(index.groups),
+        "pools": len(index.pools),
+        "volumes": len(index.volumes),
+        "instances": len(index.instances),
+        "jobs_active": sum(job.state.active for job in jobs),
+        "jobs_needing_attention": sum(job.state is JobState.NEEDS_ATTENTION for job in jobs),
+    }
+
+
+def group(item: Group, index: Index) -> Row:
+    """A node group."""
+    nodes = sorted(node.name for node in index.nodes.values() if node.group == item.id)
+    return {
+        "name": item.name,
+        "id": item.id,
+        "nodes": nodes,
+        "instances": sum(instance.group == item.id for instance in index.instances.values()),
+        "pools": sorted(pool.name for pool in index.pools.values() if item.id in pool.groups),
+        "default_pools": {driver: index.pools[pool].name for driver, pool in item.default_pools.items() if pool in index.pools},
+        "machine": item.pin.machine,
+        "cpu_model": item.pin.cpu_model,
+        "accelerator": item.pin.accelerator,
+        "tags": list(item.tags),
+        "hold": index.hold(item.resource),
+    }
+
+
+# --- nodes ---
+
+
+def node_state(item: Node, index: Index) -> str:
+    """One word: dead-proved, offline, unreachable, drained or ok."""
+    if index.state.proved_dead(item.id):
+        return "dead-proved"
+    if item.offline:
+        return "offline"
+    if not index.alive[item.id]:
+        return "unreachable"
+    return "drained" if item.drained else "ok"
+
+
+def node(item: Node, index: Index) -> Row:
+    """A node. ``disk_total`` and ``disk_free`` count its node-local pools only; None where space is shared or not known."""
+    report = index.state.health.report(item.id)
+    local = [pool.id for pool in index.pools.values() if _local_to(pool, item)]
+    space = [index.spaces[pool, item.id] for pool in local if (pool, item.id) in index.spaces]
+    return {
+        "name": item.name,
+        "id": item.id,
+        "group": index.groups[item.group].name if item.group in index.groups else item.group,
+        "state": node_state(item, index),
+        "alive": index.alive[item.id],
+        "last_seen": index.state.health.since(item.id),
+        "memory_total": report.memory_total if report else None,
+        "memory_free": report.memory_free if report else None,
+        "cpus": report.cpus if report else None,
+        "disk_total": sum(s.total for s in space) if space else None,
+        "disk_free": sum(s.free for s in space) if space else None,
+        "guests": sum(guest.state in ("running", "paused", "hung") for guest in report.guests) if report else 0,
+        "claims": index.claimed[item.id],
+        "address": item.address,
+        "port": item.port,
+        "roles": list(item.roles),
+        "offline": item.offline,
+        "drained": item.drained,
+        "version": report.version if report else "",
+        "accelerator": report.accelerator if report else "",
+        "stalled_pools": {index.pool_name(p): why for p, why in report.stalled_pools.items()} if report else {},
+        "tags": list(item.tags),
+        "hold": index.hold(item.resource),
+    }
+
+
+def _local_to(pool: Pool, item: Node) -> bool:
+    return item.group in pool.groups and registry.info(pool.driver).node_local
+
+
+# --- pools and volumes ---
+
+
+def pool(item: Pool, index: Index) -> Row:
+    """A storage pool. ``promised`` is the sum of its volumes' sizes; space is None where it is not known."""
+    volumes = index.pool_volumes.get(item.id, [])
+    driver = registry.info(item.driver)
+    spaces = {where: space for (pool_id, where), space in index.spaces.items() if pool_id == item.id}
+    stalled = {}
+    for node_id in index.nodes:
+        report = index.state.health.report(node_id)
+        if report and item.id in report.stalled_pools:
+            stalled[str(index.node_name(node_id))] = report.stalled_pools[item.id]
+    return {
+        "name": item.name,
+        "id": item.id,
+        "driver": item.driver,
+        "state": item.state,
+        "state_reason": item.state_reason,
+        "groups": sorted(index.groups[g].name for g in item.groups if g in index.groups),
+        "writers": item.writers.value,
+        "volumes": len(volumes),
+        "promised": sum(volume.size for volume in volumes),
+        "total": sum(space.total for space in spaces.values()) if spaces else None,
+        "free": sum(space.free for space in spaces.values()) if spaces else None,
+        "space_on": {str(index.node_name(n)): {"total": s.total, "free": s.free} for n, s in spaces.items() if n},
+        "options": dict(item.options),
+        "capabilities": capabilities(driver),
+        "stalled": stalled,
+        "tags": list(item.tags),
+        "hold": index.hold(item.resource),
+    }
+
+
+def capabilities(driver: DriverInfo) -> Row:
+    """What a driver can, without its options."""
+    found = driver.model_dump(mode="json", exclude={"options", "name"})
+    found["access"] = sorted(found["access"])
+    found["mirrored"], found["node_local"] = driver.mirrored, driver.node_local
+    return found
+
+
+def volume(item: Volume, index: Index) -> Row:
+    """A volume with its attachments, as EBS shows them."""
+    owner = index.instances.get(item.instance) if item.instance else None
+    attachments = []
+    if item.instance:
+        disks = enumerate(owner.disks) if owner else ()
+        place = next(((n, disk) for n, disk in disks if disk.volume == item.id), None)
+        attachments.append(
+            {
+                "instance": owner.name if owner else item.instance,
+                "instance_id": item.instance,
+                "index": place[0] if place else None,
+                "slot": place[1].slot if place else None,
+                "mode": place[1].mode if place else None,
+            }
+        )
+    state = item.state
+    if state is VolumeState.AVAILABLE and attachments:
+        state = VolumeState.IN_USE
+    return {
+        "name": item.name,
+        "id": item.id,
+        "state": state.value,
+        "size": item.size,
+        "pool": index.pool_name(item.pool),
+        "driver": index.pools[item.pool].driver if item.pool in index.pools else None,
+        "node": index.node_name(item.node),
+        "secondary": index.node_name(item.secondary),
+        "instance": owner.name if owner else item.instance,
+        "attachments": attachments,
+        "adopted": item.adopted,
+        "generation": item.generation,
+        "logical_id": item.logical_id,
+        "created": item.created,
+        "tags": list(item.tags),
+        "hold": index.hold(item.resource),
+    }
+
+
+# --- jobs ---
+
+
+def job(item: Job, index: Index, progress: Progress | None = None, steps: Iterable[Step] | None = None) -> Row:
+    """A job. ``progress`` and ``steps`` only where one job is shown."""
+    row: Row = {
+        "id": item.number,
+        "state": item.state.value,
+        "summary": item.summary,
+        "operation": item.operation,
+        "who": item.who,
+        "parent": item.parent,
+        "created": item.created,
+        "started": item.started,
+        "ended": item.ended,
+        "age": max(0.0, index.state.clock.now() - item.created),
+        "committed": item.committed,
+        "cancel_asked": item.cancel_asked,
+        "deadline": item.deadline,
+        "result": item.result,
+        "error": item.error,
+        "reason": item.reason,
+        "commands": list(item.commands),
+        "locks": {
+            "shared": [_resource(resource, index) for resource in item.locks.shared],
+            "exclusive": [_resource(resource, index) for resource in item.locks.exclusive],
+        },
+    }
+    if progress is not None:
+        row["progress"] = progress.model_dump(mode="json")
+    if steps is not None:
+        row["steps"] = [_step(step, index) for step in steps]
+    return row
+
+
+def _resource(resource: str, index: Index) -> str:
+    """A lock with the object's name in place of its id, where it still exists."""
+    noun, _, identity = resource.partition(":")
+    tables: dict[str, Callable[[], Mapping[str, Any]]] = {
+        "node": lambda: index.nodes,
+        "group": lambda: index.groups,
+        "pool": lambda: index.pools,
+        "volume": lambda: index.volumes,
+        "instance": lambda: index.instances,
+    }
+    table = tables[noun]() if noun in tables else {}
+    return f"{noun}:{table[identity].name}" if identity in table else resource
+
+
+def _step(step: Step, index: Index) -> Row:
+    return {
+        "key": step.key,
+        "what": step.what,
+        "node": index.node_name(step.node),
+        "method": step.method,
+        "state": step.state.value,
+        "at": step.at,
+    }
+
+
+# --- by noun ---
+
+KINDS: dict[str, tuple[type[Any], Callable[[Any, Index], Row]]] = {
+    "node": (Node, node),
+    "group": (Group, group),
+    "pool": (Pool, pool),
+    "volume": (Volume, volume),
+    "instance": (Instance, instance),
+    "job": (Job, job),
+}
+
+
+def rows(
+    state: State, noun: str, spaces: Spaces | None = None, *, after: str = "", limit: int | None = None
+) -> tuple[list[Row], str | None]:
+    """The rows of a kind, by name (jobs: newest first), and what to give as ``after`` for more (None: that was all)."""
+    kind, view = KINDS[noun]
+    items = sorted(state.store.all(kind), key=lambda item: item.id, reverse=True) if noun == "job" else _by_name(state, kind)
+    if after:
+        items = [i for i in items if (i.number < _number(after) if noun == "job" else i.name > after)]
+    chosen = items if limit is None else items[:limit]
+    index = Index(state, spaces)
+    found = [view(item, index) for item in chosen]
+    more = len(chosen) < len(items)
+    return found, (str(chosen[-1].number if noun == "job" else chosen[-1].name) if more and chosen else None)
+
+
+def _by_name(state: State, kind: type[Any]) -> list[Any]:
+    return sorted(state.store.all(kind), key=lambda item: str(item.name))
+
+
+def _number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise NotFound(f"{text!r} is not a job's number", hint="atoll job list") from None
+
+
+def find(state: State, noun: str, target: str) -> Any:
+    """An object by name or id. Errors: NotFound."""
+    kind, _ = KINDS[noun]
+    if noun == "job":
+        found = state.store.get(kind, f"{_number(target):010d}")
+    else:
+        found = state.store.by_name(kind, target) or state.store.get(kind, target)
+    if found is None:
+        raise NotFound(f"there is no {noun} {target!r}", hint=f"atoll {noun} list")
+    return found
