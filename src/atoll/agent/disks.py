@@ -122,13 +122,22 @@ class StorageOrders:
             found: dict[str, Any] = {"volume": disk["volume"], "pool": ref.id}
             found["stat"] = await self._storage.pool(ref, "stat", QUICK, logical_id=disk["logical_id"])
             if found["stat"] is not None:
-                found["writers"] = await self._storage.pool(ref, "writers", QUICK, logical_id=disk["logical_id"])
+                found["writers"] = await self._writers(ref, disk["logical_id"], args.get("patience", 0.0))
                 found["connection"] = await self._storage.pool(
                     ref, "connection", QUICK, logical_id=disk["logical_id"], volume=disk["volume"], size=disk["size"]
                 )
             return found
 
         return list(await asyncio.gather(*(one(disk) for disk in args["disks"])))
+
+    async def _writers(self, ref: PoolRef, logical_id: str, patience: float) -> Any:
+        """Who writes it, after waiting up to ``patience`` seconds for them to go: a dead client's locks end with its lease."""
+        end = asyncio.get_running_loop().time() + patience
+        while True:
+            writers = await self._storage.pool(ref, "writers", QUICK, logical_id=logical_id)
+            if not writers or asyncio.get_running_loop().time() >= end:
+                return writers
+            await asyncio.sleep(0.5)
 
     async def activate(self, args: dict[str, Any], report: Report) -> Any:
         """Make disks usable for an administrator or an OS script: their paths."""

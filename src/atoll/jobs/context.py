@@ -61,6 +61,10 @@ class JobContext:
         """Whether ``commit`` has passed."""
         return self._job.committed
 
+    def journaled(self, key: str) -> bool:
+        """Whether this step is in the journal already: then what led to it must not be asked again."""
+        return key in self._journal
+
     def progress(self, percent: float | None, text: str) -> None:
         """Tell how far the job is."""
         self._engine.set_progress(self.id, Progress(percent=percent, text=text))
@@ -125,9 +129,7 @@ class JobContext:
     async def commit(self) -> None:
         """From here on the job only goes forward: failure and cancel no longer undo it."""
         if not self._job.committed:
-            self._job = self._job.model_copy(update={"committed": True})
-            await self._flush([self._job], [])
-            self._engine.note(self._job)
+            self._job = await self._engine.update(self.id, {"committed": True}, put=self._take_pending(), unless_cancelled=True)
 
     async def child(self, key: str, operation: str, target: str, request: dict[str, Any]) -> int:
         """Submit a child job; its number. Undoing this step cancels the child if it has not ended."""
@@ -144,9 +146,9 @@ class JobContext:
         """Wait until a child job has ended, or needs attention."""
         return await self._engine.ended(child)
 
-    async def finish(self, job: Job) -> None:
+    async def finish(self, update: dict[str, Any]) -> None:
         """Write the job's end together with what is still pending. For the engine."""
-        await self._flush([job], [])
+        await self._engine.update(self.id, update, put=self._take_pending())
 
     # --- journal ---
 
@@ -172,8 +174,12 @@ class JobContext:
         self._journal[key] = step
         return step
 
-    async def _flush(self, put: list[Stored], delete: list[Stored]) -> None:
+    def _take_pending(self) -> list[Stored]:
         pending, self._pending = self._pending, []
+        return pending
+
+    async def _flush(self, put: list[Stored], delete: list[Stored]) -> None:
+        pending = self._take_pending()
         latest = {item.id: item for item in [*pending, *put] if isinstance(item, Step)}
         others = [item for item in put if not isinstance(item, Step)]
         await unbroken(self._engine.store.write(put=[*others, *latest.values()], delete=delete))

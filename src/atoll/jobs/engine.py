@@ -10,7 +10,7 @@ import structlog
 
 from atoll.jobs.context import JobContext, unbroken
 from atoll.jobs.locks import LockTable
-from atoll.jobs.steps import Attention
+from atoll.jobs.steps import Attention, Settled
 from atoll.jobs.submit import Submitter
 from atoll.jobs.undo import UndoFailed, undo_steps
 from atoll.model.errors import AtollError, Cancelled, DeadlineExceeded, Held, NotFound, NotLeader, StoreError, WrongState
@@ -38,6 +38,7 @@ class Engine:
         self._progress: dict[int, Progress] = {}
         self._changed: dict[int, asyncio.Event] = {}
         self._recovering: set[int] = set()
+        self._records: dict[int, asyncio.Lock] = {}
         self._open = {job.number for job in store.all(Job) if not job.state.ended}
         self.submitter = Submitter(self)
 
@@ -126,9 +127,23 @@ class Engine:
         self._locks.add(job.number, job.locks, parent=job.parent)
         self._grant()
 
-    def note(self, job: Job) -> None:
-        """The job's record has changed."""
-        self._wake(job.number)
+    async def update(
+        self, number: int, fields: dict[str, Any], *, put: Sequence[Any] = (), delete: Sequence[Any] = (), unless_cancelled: bool = False
+    ) -> Job:
+        """Change a job's record, one change after the other, together with other objects. Errors: Cancelled (``unless_cancelled``)."""
+
+        async def change() -> Job:
+            async with self._records.setdefault(number, asyncio.Lock()):
+                job = self.job(number)
+                if unless_cancelled and job.cancel_asked:
+                    raise Cancelled(f"job {number} was cancelled")
+                job = job.model_copy(update=fields)
+                await self.store.write(put=[job, *put], delete=delete)
+                return job
+
+        job = await unbroken(change())
+        self._wake(number)
+        return job
 
     # --- steering ---
 
@@ -141,7 +156,7 @@ class Engine:
             raise WrongState(f"job {number} has passed its commit and only goes forward", hint=f"atoll job watch {number}")
         if job.state is JobState.UNDOING or job.cancel_asked:
             return
-        await self._write(put=[self.job(number).model_copy(update={"cancel_asked": True})])
+        await self.update(number, {"cancel_asked": True})
         task = self._tasks.get(number)
         if task is not None:
             task.cancel()
@@ -155,11 +170,9 @@ class Engine:
             raise WrongState(f"job {number} is {job.state}, not needs-attention", hint=f"atoll job info {number}")
         if undo and job.committed:
             raise WrongState(f"job {number} has passed its commit and cannot be undone", hint=f"atoll job resume {number}")
-        job = job.model_copy(update={"state": JobState.QUEUED, "undoing": job.undoing or undo, "reason": "", "commands": ()})
-        await self._write(put=[job])
+        fields = {"state": JobState.QUEUED, "undoing": job.undoing or undo, "cancel_asked": False, "reason": "", "commands": ()}
         self._recovering.add(number)
-        self._wake(number)
-        self.admit(job)
+        self.admit(await self.update(number, fields))
 
     # --- running ---
 
@@ -193,6 +206,7 @@ class Engine:
             if not self.stopping and not self.job(number).state.active:
                 if self.job(number).state.ended:
                     self._open.discard(number)
+                    self._records.pop(number, None)
                 self._locks.remove(number)
                 self._wake(number)
                 self._changed.pop(number, None)
@@ -212,11 +226,8 @@ class Engine:
             except Held as error:
                 await self._undo(job, error)
                 return
-        update = {"state": JobState.RUNNING, "started": job.started or self.clock.now()}
-        job = job.model_copy(update=update)
-        await self._write(put=[job], delete=self._own_holds(job))
-        self._wake(number)
-        await self._run(job)
+        fields = {"state": JobState.RUNNING, "started": job.started or self.clock.now()}
+        await self._run(await self.update(number, fields, delete=self._own_holds(job)))
 
     async def _run(self, job: Job) -> None:
         operation = self.operation(job.operation)
@@ -230,11 +241,13 @@ class Engine:
                     raise WrongState(f"job {job.number} was begun by another version of {job.operation}")
                 async with asyncio.timeout_at(end):
                     result = await operation.run(context, job.request)
-                done = {"state": JobState.DONE, "ended": self.clock.now(), "result": result, "error": None}
-                await context.finish(self.job(job.number).model_copy(update=done))
+                await context.finish({"state": JobState.DONE, "ended": self.clock.now(), "result": result, "error": None})
                 return
             except Attention as attention:
                 await self._attend(self.job(job.number), attention.message, attention.commands)
+                return
+            except Settled as settled:
+                await context.finish({"state": JobState.UNDONE, "ended": self.clock.now(), "error": settled.cause.to_wire()})
                 return
             except asyncio.CancelledError:
                 job = self.job(job.number)
@@ -267,16 +280,13 @@ class Engine:
         update: dict[str, Any] = {"state": JobState.UNDOING, "undoing": True, "started": job.started or self.clock.now()}
         if job.error is None:
             update["error"] = error.to_wire()
-        job = job.model_copy(update=update)
-        await self._write(put=[job], delete=self._own_holds(job))
-        self._wake(job.number)
+        job = await self.update(job.number, update, delete=self._own_holds(job))
         try:
             await self._interruptible(job.number, undo_steps(self, job))
         except UndoFailed as failed:
             await self._attend(self.job(job.number), f"it failed ({error.message}) and cannot be undone: {failed.message}", failed.commands)
             return
-        job = self.job(job.number).model_copy(update={"state": JobState.UNDONE, "ended": self.clock.now()})
-        await self._write(put=[job])
+        await self.update(job.number, {"state": JobState.UNDONE, "ended": self.clock.now()})
 
     async def _interruptible(self, number: int, work: Coroutine[Any, Any, None]) -> None:
         """A cancel request must not break off an undo or a recovery: only the end of the term may."""
@@ -293,12 +303,8 @@ class Engine:
     async def _attend(self, job: Job, reason: str, commands: tuple[str, ...]) -> None:
         commands = commands or (f"atoll job resume {job.number}", f"atoll job undo {job.number}")
         holds = [Hold(id=resource, job=job.number, reason=reason, commands=commands) for resource in job.locks.exclusive]
-        job = job.model_copy(update={"state": JobState.NEEDS_ATTENTION, "reason": reason, "commands": commands})
-        await self._write(put=[job, *holds])
+        await self.update(job.number, {"state": JobState.NEEDS_ATTENTION, "reason": reason, "commands": commands}, put=holds)
         log.error("job needs attention", job=job.number, reason=reason, commands=commands)
-
-    async def _write(self, put: list[Any], delete: Sequence[Any] = ()) -> None:
-        await unbroken(self.store.write(put=put, delete=delete))
 
     def _own_holds(self, job: Job) -> list[Hold]:
         return [hold for hold in self.store.all(Hold) if hold.job == job.number]

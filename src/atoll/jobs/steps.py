@@ -73,6 +73,14 @@ class Attention(NeedsAttention):
         self.commands = commands
 
 
+class Settled(AtollError):
+    """Raised by an operation past its commit that has put everything back itself: the job ends undone, with this error's cause."""
+
+    def __init__(self, cause: AtollError) -> None:
+        super().__init__(cause.message)
+        self.cause = cause
+
+
 class ReplayMismatch(AtollError):
     """The operation did not repeat the steps in its journal; what it did is undone."""
 

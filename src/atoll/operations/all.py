@@ -1,0 +1,29 @@
+"""Importing this registers every operation."""
+
+from atoll.operations import (
+    groups,
+    instance_add,
+    instance_admin,
+    instance_disks,
+    instance_failover,
+    instance_migrate,
+    instance_power,
+    nodes,
+    pools,
+    volumes,
+)
+from atoll.operations.registry import OPERATIONS
+
+__all__ = [
+    "OPERATIONS",
+    "groups",
+    "instance_add",
+    "instance_admin",
+    "instance_disks",
+    "instance_failover",
+    "instance_migrate",
+    "instance_power",
+    "nodes",
+    "pools",
+    "volumes",
+]

@@ -1,0 +1,153 @@
+"""Making one volume, as steps of a larger job."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from atoll.jobs.context import JobContext
+from atoll.jobs.steps import Changes, Undo, undo_function
+from atoll.model.errors import InvalidInput, WrongState
+from atoll.model.ids import new_id
+from atoll.model.objects import Node, Pool, Volume, VolumeState
+from atoll.operations.common import check_size_for
+from atoll.operations.state import State
+
+
+def plan_volume(
+    state: State,
+    *,
+    name: str,
+    pool: Pool,
+    size: int | None,
+    adopt: str | None,
+    node: str | None,
+    secondary: str | None = None,
+    options: dict[str, str] | None = None,
+    tags: list[str] | None = None,
+) -> dict[str, Any]:
+    """All that the steps need, as JSON: ids are chosen here. ``node`` owns the disk of a node-local pool, else it just works first."""
+    driver = state.driver(pool)
+    if adopt is None and size is None:
+        raise InvalidInput("a new volume needs a size", hint="--size 10G")
+    if adopt is not None and driver.adoption == "no":
+        raise WrongState(f"driver {driver.name} cannot adopt images")
+    if adopt is None and driver.adoption == "must":
+        raise WrongState(f"driver {driver.name} only adopts: name an existing device", hint="--disk 0:adopt=...")
+    worker = state.pool_node(pool, prefer=node, owner=node)
+    owners = {"node": worker.id if driver.node_local else None, "secondary": secondary if driver.node_local else None}
+    return {
+        "volume": new_id("vol", state.rng),
+        "name": name,
+        "pool": pool.id,
+        "size": check_size_for(driver, size) if size is not None else 0,
+        "adopt": adopt,
+        "worker": worker.id,
+        "options": options or {},
+        "tags": tags or [],
+        **owners,
+    }
+
+
+@undo_function("volume.forget")
+def _forget(state: State, args: dict[str, Any]) -> Changes:
+    found = state.store.get(Volume, args["volume"])
+    return Changes(delete=[found] if found else [])
+
+
+async def make_volume(job: JobContext, plan: dict[str, Any], *, instance: str | None = None) -> dict[str, Any]:
+    """Record it, make (or adopt) the image, and call it available. The undo leaves neither record nor image; an adopted image stays."""
+    volume = plan["volume"]
+
+    def record() -> Changes:
+        state: State = job.state
+        pool = state.store.require(Pool, plan["pool"])
+        if plan["adopt"]:
+            other = next((v for v in state.store.all(Volume) if v.pool == pool.id and v.logical_id == plan["adopt"]), None)
+            if other is not None and (not state.driver(pool).node_local or other.node == plan["node"]):
+                raise WrongState(f"image {plan['adopt']} belongs to volume {other.name} already", hint=f"atoll volume info {other.name}")
+        new = Volume(
+            id=volume,
+            name=plan["name"],
+            pool=pool.id,
+            size=plan["size"] or 512,
+            logical_id=plan["adopt"] or "",
+            node=plan["node"],
+            secondary=plan["secondary"],
+            instance=instance,
+            adopted=bool(plan["adopt"]),
+            created=state.clock.now(),
+            tags=tuple(plan["tags"]),
+        )
+        return Changes(put=[new])
+
+    await job.write(f"record volume/{volume}", record, Undo("volume.forget", {"volume": volume}))
+    refs = await job.read(f"refs/{volume}", lambda: _refs(job.state, plan))
+    size = plan["size"]
+    logical_id = plan["adopt"]
+    for number, (node, ref) in enumerate(refs):
+        if plan["adopt"]:
+            stat = await job.call(f"adopt image/{volume}", node, "volume.adopt", {"ref": ref, "source": plan["adopt"], "volume": volume})
+            size, logical_id = stat["size"], stat["logical_id"]
+            break
+        spec = {"volume": volume, "name": plan["name"], "size": size, "options": plan["options"]}
+        logical_id = await job.call(
+            f"create image/{volume}" + (f" copy {number + 1}" if number else ""),
+            node,
+            "volume.create",
+            {"ref": ref, "spec": spec},
+            undo=Undo("volume.uncreate", {"ref": ref, "volume": volume}, node=node),
+            deadline=3600.0,
+        )
+    if plan["secondary"]:
+        names = await job.read(f"copies/{volume}", lambda: [job.state.store.require(Node, n).name for n, _ in refs])
+        args = {"ref": refs[0][1], "logical_id": logical_id, "primary": names[0], "secondary": names[1]}
+        await job.call(f"sync/{volume}", refs[0][0], "volume.sync", args, deadline=3600.0)
+
+    def available() -> Changes:
+        found = job.state.store.require(Volume, volume)
+        state = VolumeState.IN_USE if instance else VolumeState.AVAILABLE
+        return Changes(put=[found.model_copy(update={"state": state, "logical_id": logical_id, "size": size})])
+
+    await job.write(f"available/{volume}", available)
+    return {"volume": volume, "name": plan["name"], "size": size}
+
+
+def _refs(state: State, plan: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The nodes that make the image: one, or both of an internally mirrored volume."""
+    pool = state.store.require(Pool, plan["pool"])
+    nodes = [plan["worker"], *([plan["secondary"]] if plan["secondary"] else [])]
+    return [(n, state.ref(pool, state.store.require(Node, n)).model_dump(mode="json")) for n in nodes]
+
+
+@undo_function("volume.state")
+def _restore_state(state: State, args: dict[str, Any]) -> Changes:
+    found = state.store.get(Volume, args["volume"])
+    return Changes(put=[found.model_copy(update={"state": VolumeState(args["state"])})] if found else [])
+
+
+async def mark_deleting(job: JobContext, volume: str, back_to: VolumeState) -> None:
+    """The first half of a deletion: from here on nobody uses it. Undone by going back to ``back_to``."""
+
+    def mark() -> Changes:
+        found = job.state.store.require(Volume, volume)
+        return Changes(put=[found.model_copy(update={"state": VolumeState.DELETING})])
+
+    await job.write(f"mark deleting/{volume}", mark, Undo("volume.state", {"volume": volume, "state": str(back_to)}))
+
+
+async def delete_image(job: JobContext, volume: str, *, prefer: str | None = None) -> None:
+    """The second half, past the job's commit: remove the image (all copies), then the record."""
+
+    def where() -> list[tuple[str, dict[str, Any], str]]:
+        state: State = job.state
+        found = state.store.require(Volume, volume)
+        pool = state.store.require(Pool, found.pool)
+        worker = state.pool_node(pool, prefer=prefer, owner=found.node)
+        nodes = [worker.id, *([found.secondary] if found.secondary else [])]
+        return [(n, state.ref(pool, state.store.require(Node, n)).model_dump(mode="json"), found.logical_id) for n in nodes]
+
+    for number, (node, ref, logical_id) in enumerate(await job.read(f"image of/{volume}", where)):
+        if logical_id:
+            key = f"delete image/{volume}" + (f" copy {number + 1}" if number else "")
+            await job.call(key, node, "volume.delete", {"ref": ref, "logical_id": logical_id}, deadline=120.0)
+    await job.write(f"forget/{volume}", lambda: Changes(delete=[job.state.store.require(Volume, volume)]))

@@ -1,0 +1,205 @@
+"""Starting and stopping a guest on a node, as steps of larger jobs. Claims change here and in migrate.py only (PROTOCOLS 1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from atoll.jobs.context import JobContext
+from atoll.jobs.steps import Changes, Undo, undo_function
+from atoll.model.errors import DiskInUse, NodeUnavailable, NotFound, WrongState
+from atoll.model.messages import GuestDisk, GuestSpec
+from atoll.model.objects import Claim, Instance, Node, Pool, Volume, VolumeState
+from atoll.operations.state import State
+
+#: Seconds that a start waits for a dead client's locks to end with their lease.
+PATIENCE = 20.0
+
+
+def access_of(state: State, pool: Pool) -> str:
+    """How guests reach volumes of the pool: ``userspace`` where the driver can."""
+    return "userspace" if "userspace" in state.driver(pool).access else "kernelspace"
+
+
+def guest_spec(state: State, instance: Instance, generation: int) -> dict[str, Any]:
+    """What a hypervisor is told of the guest, as JSON; the same on both sides of a migration."""
+    disks = [
+        GuestDisk(volume=volume.id, slot=disk.slot, size=volume.size, mode=disk.mode) for disk, volume in state.volumes_of(instance)
+    ]
+    spec = GuestSpec(
+        instance=instance.id,
+        name=instance.name,
+        generation=generation,
+        memory=instance.memory,
+        vcpus=instance.vcpus,
+        pin=instance.pin,
+        boot=instance.boot,
+        disks=disks,
+        nics=list(instance.nics),
+    )
+    return spec.model_dump(mode="json")
+
+
+def connect_plan(state: State, instance: Instance, node: str) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Which pool halves must be asked for the disks' connections: (node, disks) pairs."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for _, volume in state.volumes_of(instance):
+        pool = state.store.require(Pool, volume.pool)
+        owner = node if volume.node and node in (volume.node, volume.secondary) else volume.node
+        worker = state.pool_node(pool, prefer=node, owner=owner)
+        ref = state.ref(pool, worker).model_dump(mode="json")
+        found.setdefault(worker.id, []).append(
+            {"ref": ref, "volume": volume.id, "logical_id": volume.logical_id, "size": volume.size, "access": access_of(state, pool)}
+        )
+    return sorted(found.items())
+
+
+async def connect_disks(
+    job: JobContext, instance: str, node: str, *, suffix: str = "", expect_writer: bool = False, patience: float = 0.0
+) -> list[dict[str, Any]]:
+    """The connections of all disks, for a guest on ``node``; refuses a disk that somebody writes (but for a migration's source).
+
+    Errors: DiskInUse, NotFound (an image is missing), PoolUnavailable.
+    """
+    plan = await job.read(f"disks to connect{suffix}", lambda: connect_plan(job.state, job.state.store.require(Instance, instance), node))
+    ready = []
+    for worker, disks in plan:
+        answer = await job.call(
+            f"connect disks at {worker}{suffix}", worker, "disks.connect", {"disks": disks, "patience": patience}, deadline=60 + patience
+        )
+        access = {disk["volume"]: disk["access"] for disk in disks}
+        for found in answer:
+            if found["stat"] is None:
+                raise NotFound(
+                    f"the image of volume {found['volume']} is not on its storage", hint="atoll cluster verify; atoll instance recreate"
+                )
+            if found["writers"] and not expect_writer:
+                who = ", ".join(writer["who"] for writer in found["writers"])
+                raise DiskInUse(f"volume {found['volume']} is being written by {who}")
+            ready.append({"pool": found["pool"], "connection": found["connection"], "access": access[found["volume"]]})
+    return ready
+
+
+@undo_function("claim.free")
+def _free_claim(state: State, args: dict[str, Any]) -> Changes:
+    """Only after the agent's acknowledgement: the undo of the start, which runs before this one, brought it."""
+    claim = state.store.get(Claim, args["instance"])
+    if claim is None or claim.holder != args["node"] or claim.generation != args["generation"]:
+        return Changes()
+    return Changes(put=[claim.model_copy(update={"holder": None})])
+
+
+@undo_function("instance.desired")
+def _restore_desired(state: State, args: dict[str, Any]) -> Changes:
+    found = state.store.get(Instance, args["instance"])
+    return Changes(put=[found.model_copy(update={"desired": args["desired"]})] if found else [])
+
+
+async def start_on(
+    job: JobContext, instance: str, node: str, *, suffix: str = "", patience: float = 0.0, span: tuple[float, float] = (60.0, 100.0)
+) -> None:
+    """Take the claim, ask the storage who writes, let the agent start the guest. The claim must be free or the node's own.
+
+    Errors: WrongState (somebody else holds the claim), DiskInUse, GuestError, PoolUnavailable.
+    """
+
+    def take() -> Changes:
+        state: State = job.state
+        claim = state.claim(instance)
+        if claim.migration is not None or claim.holder not in (None, node):
+            holder = state.store.get(Node, claim.holder or "")
+            raise WrongState(f"the claim is held by node {holder.name if holder else claim.holder}")
+        new = claim.model_copy(update={"holder": node, "generation": claim.generation + 1})
+        return Changes(put=[new], result=new.generation)
+
+    # The generation is fixed by a read first, so that the undo can name it before the claim is written.
+    generation = await job.read(f"next generation{suffix}", lambda: job.state.claim(instance).generation + 1)
+    undo = Undo("claim.free", {"instance": instance, "node": node, "generation": generation})
+    await job.write(f"take the claim{suffix}", take, undo)
+    disks = await connect_disks(job, instance, node, suffix=suffix, patience=patience)
+    spec = await job.read(f"spec{suffix}", lambda: guest_spec(job.state, job.state.store.require(Instance, instance), generation))
+    await job.call(
+        f"start guest{suffix}",
+        node,
+        "guest.start",
+        {"spec": spec, "disks": disks},
+        undo=Undo("guest.stop", {"instance": instance, "generation": generation, "grace": 0.0}, node=node, dies=True),
+        deadline=120.0,
+        span=span,
+    )
+
+    before = await job.read(f"desired before{suffix}", lambda: job.state.store.require(Instance, instance).desired)
+
+    def record() -> Changes:
+        found = job.state.store.require(Instance, instance)
+        return Changes(put=[found.model_copy(update={"desired": "running", "home": node, "stopped_by": ""})])
+
+    await job.write(f"record running{suffix}", record, Undo("instance.desired", {"instance": instance, "desired": before}))
+
+
+async def stop_on(job: JobContext, instance: str, node: str, grace: float, *, by: str = "", suffix: str = "") -> bool:
+    """Stop the guest where it may be; the agent's acknowledgement frees the claim. True if it went by itself.
+
+    Errors: Unreachable (then nothing has changed for the claim).
+    """
+
+    def want_stopped() -> Changes:
+        found = job.state.store.require(Instance, instance)
+        return Changes(put=[found.model_copy(update={"desired": "stopped", "stopped_by": by})], result=found.desired)
+
+    before = await job.read(f"desired before stop{suffix}", lambda: job.state.store.require(Instance, instance).desired)
+    undo = Undo("instance.desired", {"instance": instance, "desired": before})
+    await job.write(f"want stopped{suffix}", want_stopped, undo)
+    generation = await job.read(f"generation to stop{suffix}", lambda: job.state.claim(instance).generation)
+    answer = await job.call(
+        f"stop guest{suffix}",
+        node,
+        "guest.stop",
+        {"instance": instance, "generation": generation, "grace": grace},
+        deadline=grace + 60.0,
+    )
+    await free_claim(job, instance, node, generation, suffix=suffix)
+    return bool(answer["clean"])
+
+
+async def free_claim(job: JobContext, instance: str, node: str, generation: int, *, suffix: str = "") -> None:
+    """The agent has acknowledged: the claim leaves the node."""
+
+    def free() -> Changes:
+        claim = job.state.claim(instance)
+        if claim.holder != node or claim.generation != generation:
+            return Changes()
+        return Changes(put=[claim.model_copy(update={"holder": None, "migration": None})])
+
+    await job.write(f"free the claim{suffix}", free)
+
+
+async def release_from(job: JobContext, instance: str, node: str, *, suffix: str = "") -> None:
+    """Proof (a) for a guest that does not run: the agent looks, promises to refuse its generations, and the claim is free.
+
+    Errors: InUse (it runs there), Unreachable.
+    """
+    generation = await job.read(f"generation to release{suffix}", lambda: job.state.claim(instance).generation)
+    await job.call(f"release claim{suffix}", node, "claim.release", {"instance": instance, "generation": generation}, deadline=30.0)
+    await free_claim(job, instance, node, generation, suffix=suffix)
+
+
+def check_runs(state: State, instance: Instance) -> Node:
+    """The node that an instance runs on. Errors: WrongState when it does not run, NodeUnavailable when its node does not answer."""
+    claim = state.claim(instance.id)
+    if claim.holder is None or instance.desired != "running":
+        raise WrongState(f"instance {instance.name} does not run", hint=f"atoll instance start {instance.name}")
+    node = state.store.require(Node, claim.holder)
+    if not state.health.alive(node.id):
+        hint = f"atoll instance failover {instance.name} --node-is-dead, once you have made sure that it is off"
+        raise NodeUnavailable(f"node {node.name}, which runs instance {instance.name}, does not answer", hint=hint)
+    return node
+
+
+def attached(volume: Volume, instance: str) -> Volume:
+    """The volume as a disk of the instance."""
+    return volume.model_copy(update={"instance": instance, "state": VolumeState.IN_USE})
+
+
+def detached(volume: Volume) -> Volume:
+    """The volume on its own."""
+    return volume.model_copy(update={"instance": None, "state": VolumeState.AVAILABLE})

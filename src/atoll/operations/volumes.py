@@ -1,0 +1,217 @@
+"""Operations on volumes: create, delete, grow, rename, tags."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from atoll.jobs.context import JobContext
+from atoll.jobs.steps import Changes, Undo, undo_function
+from atoll.model.errors import InUse, InvalidInput, NotSupported, ShrinkRefused, WrongState
+from atoll.model.objects import Instance, Node, Pool, Volume, VolumeState
+from atoll.model.units import format_size
+from atoll.operations.common import (
+    check_new_name,
+    check_pool_open,
+    check_size_for,
+    check_usable,
+    frozen,
+    locks,
+    name_lock,
+    prepare_tags,
+    run_tags,
+)
+from atoll.operations.making import delete_image, make_volume, mark_deleting, plan_volume
+from atoll.operations.registry import Operation, Prepared, register
+from atoll.operations.requests import Nothing, Rename, TagsChange, VolumeCreate, VolumeGrow
+from atoll.operations.state import State
+
+
+def _prepare_create(state: State, target: str, request: VolumeCreate) -> Prepared:
+    node = state.store.find(Node, request.node) if request.node else None
+    pool = state.resolve_pool(request.pool, node.group if node else None)
+    check_pool_open(state, pool, node.group if node else None)
+    driver = state.driver(pool)
+    if node is not None:
+        check_usable(state, node)
+    elif driver.node_local:
+        raise InvalidInput(f"pool {pool.name} is node-local: say on which node", hint="-n NODE")
+    if request.name:
+        check_new_name(state, Volume, request.name)
+    plan_volume(
+        state, name=request.name or "check", pool=pool, size=request.size, adopt=request.adopt, node=node.id if node else None
+    )  # only for its errors; ids are chosen when the job runs
+    held = [name_lock(Volume, request.name)] if request.name else []
+    if request.adopt:
+        held.append(f"image:{pool.id}:{request.adopt}")
+    size = format_size(request.size) if request.size else f"from image {request.adopt}"
+    return Prepared(
+        frozen(request, pool=pool.id, node=node.id if node else None),
+        locks(shared=[pool.resource, *([node.resource] if node else [])], exclusive=held),
+        f"create volume {request.name or ''} ({size}) in pool {pool.name}".replace("  ", " "),
+    )
+
+
+async def _run_create(job: JobContext, request: dict[str, Any]) -> Any:
+    def plan() -> dict[str, Any]:
+        state: State = job.state
+        pool = state.store.require(Pool, request["pool"])
+        check_pool_open(state, pool)
+        made = plan_volume(
+            state,
+            name=request["name"] or "",
+            pool=pool,
+            size=request["size"],
+            adopt=request["adopt"],
+            node=request["node"],
+            options=request["options"],
+            tags=request["tags"],
+        )
+        return {**made, "name": made["name"] or made["volume"]}
+
+    return await make_volume(job, await job.read("plan", plan))
+
+
+register(Operation("volume.create", VolumeCreate, _prepare_create, _run_create))
+
+
+def _free_volume(state: State, target: str) -> Volume:
+    volume = state.store.find(Volume, target)
+    if volume.instance:
+        owner = state.store.get(Instance, volume.instance)
+        name = owner.name if owner else volume.instance
+        raise InUse(f"volume {volume.name} is a disk of instance {name}", hint=f"atoll instance detach-disk {name} --volume {volume.name}")
+    return volume
+
+
+def _prepare_delete(state: State, target: str, request: Nothing) -> Prepared:
+    volume = _free_volume(state, target)
+    pool = state.store.require(Pool, volume.pool)
+    if volume.state is VolumeState.CREATING:
+        raise WrongState(f"volume {volume.name} is being created", hint="atoll job list")
+    return Prepared({"id": volume.id}, locks([pool.resource], [volume.resource]), f"delete volume {volume.name}")
+
+
+async def _run_delete(job: JobContext, request: dict[str, Any]) -> Any:
+    before = await job.read("state", lambda: str(_free_volume(job.state, request["id"]).state))
+    await mark_deleting(job, request["id"], VolumeState(before))
+    await job.commit()
+    await delete_image(job, request["id"])
+    return {"volume": request["id"]}
+
+
+register(Operation("volume.delete", Nothing, _prepare_delete, _run_delete))
+
+
+def new_size(volume: Volume, size: int | None, increment: int | None) -> int:
+    """The size that a grow asks for. Errors: InvalidInput, ShrinkRefused."""
+    if (size is None) == (increment is None):
+        raise InvalidInput("give the new size or the increment, one of both", hint="--size 20G, or --increment 10G")
+    wanted = size if size is not None else volume.size + (increment or 0)
+    if wanted < volume.size:
+        raise ShrinkRefused(f"volume {volume.name} has {format_size(volume.size)}; it cannot shrink to {format_size(wanted)}")
+    return wanted
+
+
+def _prepare_grow(state: State, target: str, request: VolumeGrow) -> Prepared:
+    volume = _free_volume(state, target)
+    pool = state.store.require(Pool, volume.pool)
+    driver = state.driver(pool)
+    if not driver.grow:
+        raise NotSupported(f"driver {driver.name} cannot grow volumes")
+    size = check_size_for(driver, new_size(volume, request.size, request.increment))
+    return Prepared(
+        {"id": volume.id, "size": size}, locks([pool.resource], [volume.resource]), f"grow volume {volume.name} to {format_size(size)}"
+    )
+
+
+async def grow_image(job: JobContext, volume: str, size: int, prefer: str | None = None) -> None:
+    """Grow the image and the record. It only goes forward: what has grown is not shrunk again."""
+
+    def where() -> dict[str, Any]:
+        state: State = job.state
+        found = state.store.require(Volume, volume)
+        pool = state.store.require(Pool, found.pool)
+        nodes = [state.pool_node(pool, prefer=prefer, owner=found.node).id, *([found.secondary] if found.secondary else [])]
+        refs = [(n, state.ref(pool, state.store.require(Node, n)).model_dump(mode="json")) for n in nodes]
+        return {"refs": refs, "logical_id": found.logical_id}
+
+    found = await job.read("where", where)
+    for number, (node, ref) in enumerate(found["refs"]):
+        key = f"grow image/{volume}" + (f" copy {number + 1}" if number else "")
+        grown = await job.call(
+            key, node, "volume.grow", {"ref": ref, "logical_id": found["logical_id"], "size": size}, deadline=3600.0
+        )
+
+    def record() -> Changes:
+        kept = job.state.store.require(Volume, volume)
+        return Changes(put=[kept.model_copy(update={"size": max(grown, kept.size), "generation": kept.generation + 1})])
+
+    await job.write("record size", record)
+
+
+async def _run_grow(job: JobContext, request: dict[str, Any]) -> Any:
+    await grow_image(job, request["id"], request["size"])
+    return {"volume": request["id"], "size": request["size"]}
+
+
+register(Operation("volume.grow", VolumeGrow, _prepare_grow, _run_grow))
+
+
+def _prepare_rename(state: State, target: str, request: Rename) -> Prepared:
+    volume = state.store.find(Volume, target)
+    check_new_name(state, Volume, request.new_name)
+    held = [volume.resource, name_lock(Volume, request.new_name)]
+    if volume.instance:
+        owner = state.store.require(Instance, volume.instance)
+        if owner.desired == "running" and not volume.adopted:
+            raise InUse(f"volume {volume.name} is a disk of {owner.name}, which runs", hint=f"atoll instance stop {owner.name}")
+        held.append(owner.resource)
+    pool = state.store.require(Pool, volume.pool)
+    return Prepared(
+        {"id": volume.id, "name": request.new_name}, locks([pool.resource], held), f"rename volume {volume.name} to {request.new_name}"
+    )
+
+
+@undo_function("volume.name")
+def _restore_name(state: State, args: dict[str, Any]) -> Changes:
+    found = state.store.get(Volume, args["volume"])
+    update = {"name": args["name"], "logical_id": args["logical_id"]}
+    return Changes(put=[found.model_copy(update=update)] if found else [])
+
+
+async def rename_image(job: JobContext, volume: str, name: str) -> None:
+    """Rename the record, and the image where the driver's images carry names. An adopted image keeps its own."""
+
+    def where() -> dict[str, Any]:
+        state: State = job.state
+        found = state.store.require(Volume, volume)
+        pool = state.store.require(Pool, found.pool)
+        renames = state.driver(pool).rename != "no" and not found.adopted and bool(found.logical_id)
+        nodes = [state.pool_node(pool, owner=found.node).id, *([found.secondary] if found.secondary else [])] if renames else []
+        refs = [(n, state.ref(pool, state.store.require(Node, n)).model_dump(mode="json")) for n in nodes]
+        return {"old": found.name, "logical_id": found.logical_id, "refs": refs}
+
+    found = await job.read(f"where/{volume}", where)
+    logical_id = found["logical_id"]
+    for number, (node, ref) in enumerate(found["refs"]):
+        args = {"ref": ref, "logical_id": found["logical_id"], "volume": volume, "name": name}
+        back = {"ref": ref, "logical_id": "", "volume": volume, "name": found["old"]}
+        logical_id = await job.call(
+            f"rename image/{volume} {number + 1}", node, "volume.rename", args, undo=Undo("volume.rename", back, node=node)
+        )
+
+    def record() -> Changes:
+        kept = job.state.store.require(Volume, volume)
+        return Changes(put=[kept.model_copy(update={"name": name, "logical_id": logical_id})])
+
+    undo = Undo("volume.name", {"volume": volume, "name": found["old"], "logical_id": found["logical_id"]})
+    await job.write(f"record name/{volume}", record, undo)
+
+
+async def _run_rename(job: JobContext, request: dict[str, Any]) -> Any:
+    await rename_image(job, request["id"], request["name"])
+    return {"volume": request["id"], "name": request["name"]}
+
+
+register(Operation("volume.rename", Rename, _prepare_rename, _run_rename))
+register(Operation("volume.tags", TagsChange, prepare_tags(Volume), run_tags(Volume)))
