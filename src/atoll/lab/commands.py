@@ -139,6 +139,8 @@ def exec(name: str, node: str, command: tuple[str, ...]) -> None:
     from atoll.lab import find
 
     target = find.load(name).node(node)
+    if command[:1] == ("--",):
+        command = command[1:]
     argv = target.command(command or ("bash", "-i"), bound=False)
     environment = target.environ()
     sys.stdout.flush()

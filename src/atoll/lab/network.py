@@ -35,6 +35,11 @@ def address(net: str, node: str) -> str:
     return f"{net}.{10 + node_number(node)}"
 
 
+def mac(net: str, node: str) -> str:
+    """The hardware address of a node: the same after each boot, as peers remember it."""
+    return "02:61:" + ":".join(f"{int(part):02x}" for part in address(net, node).split("."))
+
+
 def namespaces(lab: str | None = None) -> dict[str, tuple[str, str]]:
     """Every network namespace of labs, or of one: name -> (lab, node or ``switch``)."""
     try:
@@ -58,7 +63,7 @@ def plug(lab: str, node: str, net: str, keep: Sequence[int] = ()) -> None:
     _batch([f"netns add {name}"], keep)
     _batch(
         [
-            f"link add {node} type veth peer name eth0 netns {name}",
+            f"link add {node} type veth peer name eth0 address {mac(net, node)} netns {name}",
             f"link set {node} master {BRIDGE}",
             f"link set {node} up",
         ],

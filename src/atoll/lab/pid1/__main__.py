@@ -20,6 +20,9 @@ from atoll.lab.pid1.supervisor import Supervisor, listen
 def main() -> None:
     """Namespaces, root, services."""
     directory, ready, lock = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    # They were inherited, but services must not inherit them.
+    os.set_inheritable(ready, False)
+    os.set_inheritable(lock, False)
     try:
         supervisor = _become(directory)
     except Exception as error:  # noqa: BLE001 - whatever it is, the one who waits must hear of it

@@ -62,7 +62,7 @@ def listen(directory: Path) -> socket.socket:
 
 
 class Supervisor:
-    """Started once, after the node's root is in place. ``definitions`` and ``log`` are open directories: the paths are out of sight by then."""
+    """Started once, after the node's root is in place. ``definitions`` and ``log`` are open directories: their paths are out of sight."""
 
     def __init__(self, spec: NodeSpec, server: socket.socket, definitions: int, log: int) -> None:
         self.spec = spec
