@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 from atoll.lab import find
 from atoll.lab.commands import lab
-from atoll.model.errors import Forbidden, InvalidInput, NotFound
+from atoll.model.errors import Forbidden, InvalidInput, NotFound, NotSupported
 
 NAME = f"c{os.getpid()}"
 real = [pytest.mark.root, pytest.mark.skipif(os.geteuid() != 0, reason="namespaces, mounts and loop devices need root")]
@@ -104,6 +104,8 @@ def test_without_root_it_says_what_needs_root(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(Forbidden, match="need root") as caught:
         call("up", "--name", NAME)
     assert "--rootless" in caught.value.hint
+    with pytest.raises(NotSupported, match="spare disks"):
+        call("up", "--name", NAME, "--rootless", "--disks", "1")
 
 
 def test_commands_are_imported_without_the_rest() -> None:

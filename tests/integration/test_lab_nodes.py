@@ -79,6 +79,7 @@ def test_a_node_has_names_root_and_devices_of_its_own(lab: Lab) -> None:
     assert (one.run_dir / "api.sock").exists()
     assert one.exec(["ps", "-e", "-o", "comm="]).stdout.split()[0].startswith("python")
     assert one.exec(["sh", "-c", "ls -d /proc/[0-9]* | wc -l"]).stdout.strip() in {"2", "3", "4"}
+    assert one.exec(["id", "-u", "atoll-guest"]).stdout == two.exec(["id", "-u", "atoll-guest"]).stdout != ""
     # A program that a node runs finds the code of this very process.
     assert one.exec([sys.executable, "-c", "import atoll.lab; print(atoll.lab.__file__)"]).stdout.strip().endswith("atoll/lab/__init__.py")
 

@@ -145,7 +145,7 @@ class BaseNode(ABC):
 
     @abstractmethod
     def command(self, argv: Sequence[str], *, bound: bool = True) -> list[str]:
-        """The command line, on the machine, that runs ``argv`` in the node. ``bound``: it dies with the process that started it."""
+        """The command line, on the machine, that runs ``argv`` in the node. ``bound``: the program dies when this command is killed."""
 
     def environ(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
         """The caller's environment with the node's over it; settings for the machine's own Atoll do not pass."""
@@ -183,6 +183,10 @@ class BaseNode(ABC):
     def popen(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, **more: Any) -> subprocess.Popen[Any]:
         """``subprocess.Popen`` in the node. Killing it kills the program, by SIGKILL whatever signal was sent."""
         return subprocess.Popen(self.command(argv), env=self.environ(env), **more)
+
+    def host_pid(self, inside: int) -> int:
+        """The machine's number for a process of the node, such as one from a pid file; 0 when it is gone."""
+        return services.outside(self.pid, inside)
 
     # --- services ---
 

@@ -124,8 +124,13 @@ def wait_alive(master: AnyNode, names: list[str], deadline: float = 60.0) -> Non
     _poll(master, all_there, deadline, f"{', '.join(names)} are alive", "agent")
 
 
+def daemon(role: str, config: str) -> list[str]:
+    """The command line of ``master`` or ``agent``."""
+    return [sys.executable, "-m", f"atoll.{role}.daemon", "--config", config]
+
+
 def _start(node: AnyNode, role: str) -> None:
-    node.set_service(role, [sys.executable, "-m", f"atoll.{role}.daemon", "--config", node.config_path])
+    node.set_service(role, daemon(role, node.config_path))
 
 
 def _poll(node: AnyNode, condition: Callable[[list[dict[str, Any]]], bool], deadline: float, what: str, service: str) -> None:

@@ -39,8 +39,11 @@ def up(nodes: int, name: str, disks: int, shared_size: str, hypervisor: str, roo
     """Make a lab and a cluster in it."""
     from atoll.lab.lab import Lab
     from atoll.lab.process import ProcessLab
+    from atoll.model.errors import NotSupported
     from atoll.model.units import parse_size
 
+    if rootless and disks:
+        raise NotSupported("spare disks are loop devices, which need root", hint="leave --disks away, or make real nodes with sudo")
     began = time.monotonic()
 
     def say(text: str) -> None:

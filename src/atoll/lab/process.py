@@ -53,7 +53,7 @@ class ProcessNode(BaseNode):
     def command(self, argv: Sequence[str], *, bound: bool = True) -> list[str]:
         # Asked for the error it raises: without power nothing can be run in it.
         _ = self.pid
-        return ["setpriv", "--pdeathsig", "KILL", "--", *argv] if bound else list(argv)
+        return list(argv)
 
     def kill(self) -> None:
         """SIGKILL all of the node's processes, its guests included. What they wrote stays: the machine has not lost power."""

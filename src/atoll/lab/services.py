@@ -62,7 +62,7 @@ def order(directory: Path, request: Mapping[str, Any], deadline: float = 20.0) -
 def statuses(directory: Path, first: int) -> list[ServiceStatus]:
     """All services of the node whose first process is ``first``."""
     return [
-        ServiceStatus(s["name"], tuple(s["argv"]), s["state"], _outside(first, s["pid"]), s["restarts"], s["last"])
+        ServiceStatus(s["name"], tuple(s["argv"]), s["state"], outside(first, s["pid"]), s["restarts"], s["last"])
         for s in order(directory, {"order": "status"})
     ]
 
@@ -93,7 +93,7 @@ def require(directory: Path, name: str) -> None:
         raise NotFound(f"{directory.name} has no service {name}; it has: {have}", hint="atoll lab status")
 
 
-def _outside(first: int, inside: int) -> int:
+def outside(first: int, inside: int) -> int:
     """The machine's number for the process that the node of ``first`` calls ``inside``; 0 when it is gone."""
     if not inside:
         return 0

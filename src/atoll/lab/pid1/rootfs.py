@@ -43,6 +43,9 @@ SHARED = "srv/shared"
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty", "fuse", "net/tun", "loop-control", "hwrng")
 _LOOPS = 64
 
+#: What ``guest_user`` in atoll.toml is by default. The machine that carries the lab need not have this user.
+GUEST_USER, GUEST_ID = "atoll-guest", 64070
+
 
 def build(spec: NodeSpec, directory: Path) -> None:
     """Make the root below ``directory``/root and move into it. The caller has fresh mount, uts, ipc and pid namespaces to itself."""
@@ -109,6 +112,15 @@ def _settings(spec: NodeSpec) -> None:
         # Removed first: the machine's may be a link to a place that the node does not have.
         path.unlink(missing_ok=True)
         path.write_text(text)
+    # The user that guests run as; a number of its own, the same on all nodes, because they share files.
+    for name, line in (
+        ("passwd", f"{GUEST_USER}:x:{GUEST_ID}:{GUEST_ID}::/nonexistent:/usr/sbin/nologin"),
+        ("group", f"{GUEST_USER}:x:{GUEST_ID}:"),
+    ):
+        path = Path("etc", name)
+        known = path.read_text()
+        if f"\n{GUEST_USER}:" not in known:
+            path.write_text(f"{known.rstrip()}\n{line}\n")
 
 
 def _disk(spec: NodeSpec) -> None:
