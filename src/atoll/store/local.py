@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-from atoll.model.errors import StoreError, StoreLocked
+from atoll.model.errors import HostError, InUse, StoreError, StoreLocked
+from atoll.runtime.files import fsync_dir, lock_exclusively
 
 #: f_type of statfs(2) -> name: file systems whose locks or fsync cannot be trusted across machines.
 NETWORK_FILE_SYSTEMS = {
@@ -46,10 +46,12 @@ def prepare_directory(directory: Path, statfs: Callable[[Path], int] = file_syst
         missing = [path for path in (directory, *directory.parents) if not path.exists()]
         for path in reversed(missing):
             path.mkdir(mode=0o700)
-            _fsync_directory(path.parent)
+            fsync_dir(path.parent)
         directory.chmod(0o700)
     except OSError as error:
         raise StoreError(f"cannot make the store's directory {directory}: {error.strerror}") from None
+    except HostError as error:
+        raise StoreError(error.message) from None
     name = NETWORK_FILE_SYSTEMS.get(statfs(directory))
     if name is not None:
         raise StoreError(
@@ -66,37 +68,21 @@ def create_private(path: Path) -> None:
             os.fchmod(handle, 0o600)
         finally:
             os.close(handle)
-        _fsync_directory(path.parent)
+        fsync_dir(path.parent)
     except OSError as error:
         raise StoreError(f"cannot make {path}: {error.strerror}") from None
+    except HostError as error:
+        raise StoreError(error.message) from None
 
 
 def lock_directory(directory: Path) -> int:
     """Lock the directory for this process; the file descriptor holds the lock until it is closed. Errors: StoreLocked, StoreError."""
-    path = directory / "lock"
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StoreError(f"cannot open {path}: {error.strerror}") from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
-    except BlockingIOError:
-        holder = os.pread(handle, 20, 0).decode(errors="replace").strip() or "unknown"
-        os.close(handle)
+        return lock_exclusively(directory / "lock")
+    except InUse as error:
+        holder = error.details["pid"]
         raise StoreLocked(
             f"process {holder} uses the store in {directory}", hint=f"stop the other master first; see: ps {holder}", pid=holder
         ) from None
-    except OSError as error:
-        os.close(handle)
-        raise StoreError(f"cannot lock {path}: {error.strerror}") from None
-    return handle
-
-
-def _fsync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    except HostError as error:
+        raise StoreError(error.message) from None
