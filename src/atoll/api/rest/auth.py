@@ -20,7 +20,8 @@ _RANK = {"reader": 1, "operator": 2, "admin": 3}
 
 def peer_certificate(request: Request) -> dict[str, Any] | None:
     """The verified certificate of the client, as ``ssl`` tells it; None if it has none."""
-    return request.scope.get("state", {}).get("peer")
+    found: dict[str, Any] | None = request.scope.get("state", {}).get("peer")
+    return found
 
 
 def serial(certificate: dict[str, Any]) -> str:

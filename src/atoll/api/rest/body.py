@@ -42,16 +42,14 @@ class BodyLimit:
             seen += len(message.get("body", b""))
             if seen > LIMIT:
                 await _drain(receive, DRAIN)
-                raise RequestTooLarge(_why("more"))
+                raise RequestTooLarge(_why(f"more than {LIMIT}"))
             return message
 
         await self.app(scope, counted, send)
 
 
 def _why(size: str) -> str:
-    return (
-        f"the request body has {size} bytes, which is above the limit of {LIMIT}" if size != "more" else "the request body is above 1 MiB"
-    )
+    return f"the request body has {size} bytes; the limit is {LIMIT}"
 
 
 async def _drain(receive: Receive, limit: int) -> None:

@@ -101,6 +101,5 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:
         log.error("a request failed because of a bug", path=request.url.path, method=request.method, exc_info=error)
-        return response(
-            AtollError("this is a bug in atoll; the master's log has the details", hint="look at the master's log"), request.url.path
-        )
+        told = AtollError("this is a bug in atoll; the master's log has the details", hint="look at the master's log")
+        return response(told, request.url.path)

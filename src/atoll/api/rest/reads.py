@@ -16,7 +16,7 @@ from atoll.model.errors import InvalidInput
 from atoll.model.messages import Space
 from atoll.model.objects import Step
 from atoll.operations import views
-from atoll.operations.index import Index
+from atoll.operations.index import Index, Row
 
 #: The longest answer of a list, and of a wait in seconds.
 MAX_LIMIT, MAX_WAIT = 10_000, 60.0
@@ -44,7 +44,7 @@ def _spaces(leader: Leader) -> Mapping[tuple[str, str], Space] | None:
     return leader.spaces() if isinstance(leader, KnowsSpace) else None
 
 
-def pick(rows: list[views.Row], fields: str | None) -> list[views.Row]:
+def pick(rows: list[Row], fields: str | None) -> list[Row]:
     """The rows with the named fields only. Errors: InvalidInput."""
     if not fields or not rows:
         return rows
@@ -55,7 +55,7 @@ def pick(rows: list[views.Row], fields: str | None) -> list[views.Row]:
     return [{name: row[name] for name in wanted} for row in rows]
 
 
-def job_row(leader: Leader, target: str) -> views.Row:
+def job_row(leader: Leader, target: str) -> Row:
     """One job with its progress and steps."""
     job = views.find(leader.state, "job", target)
     steps = leader.state.store.prefix(Step, f"{job.id}/")

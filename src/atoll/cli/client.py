@@ -1,0 +1,203 @@
+"""HTTP to the master, with the standard library alone: over its Unix socket, or TLS."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import time
+from typing import Any
+from urllib.parse import quote, urlencode, urlsplit
+
+from atoll.cli import settings
+from atoll.model.errors import (
+    AtollError,
+    DeadlineExceeded,
+    InvalidInput,
+    NotLeader,
+    Unauthenticated,
+    Unreachable,
+    from_wire,
+)
+
+#: Seconds for a connection, for an answer, and how long a lost connection is tried again.
+CONNECT, ANSWER, PATIENCE = 5.0, 90.0, 30.0
+
+
+class ConnectionLost(Exception):
+    """The connection broke. ``sent``: the request may have arrived. ``late``: the answer took too long."""
+
+    def __init__(self, why: str, *, sent: bool, late: bool = False) -> None:
+        super().__init__(why)
+        self.sent, self.late = sent, late
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=CONNECT)
+        self.path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(CONNECT)
+        self.sock.connect(self.path)
+
+
+class Client:
+    """A connection to whichever master leads. Errors: what the master's problem says; Unreachable."""
+
+    def __init__(self) -> None:
+        self._urls = settings.masters()
+        self._socket = settings.socket_path()
+        self._token = settings.token()
+        self._connection: http.client.HTTPConnection | None = None
+
+    @property
+    def where(self) -> str:
+        """What we talk to, for people."""
+        return self._urls[0] if self._urls else self._socket
+
+    def get(self, path: str, query: dict[str, Any] | None = None, *, patience: float = 0.0, timeout: float = ANSWER) -> Any:
+        """Read something; a lost connection is tried again for ``patience`` seconds."""
+        return self._request("GET", path, query, None, {}, patience, timeout)
+
+    def all(self, noun: str, fields: str | None = None) -> list[dict[str, Any]]:
+        """All rows of a kind, however many pages they take."""
+        rows: list[dict[str, Any]] = []
+        after: str | None = ""
+        while after is not None:
+            page = self.get(f"/v1/{noun}s", {"after": after or None, "fields": fields})
+            rows += page["items"]
+            after = page["after"]
+        return rows
+
+    def send(
+        self, method: str, path: str, body: dict[str, Any] | None = None, *, key: str | None = None, query: dict[str, Any] | None = None
+    ) -> Any:
+        """Change something. With an idempotency key, a lost connection is tried again with the same key."""
+        headers = {"Idempotency-Key": key} if key else {}
+        return self._request(method, path, query, body, headers, PATIENCE if key else 0.0, ANSWER)
+
+    def _request(
+        self, method: str, path: str, query: dict[str, Any] | None, body: Any, headers: dict[str, str], patience: float, timeout: float
+    ) -> Any:
+        wanted = {name: value for name, value in (query or {}).items() if value is not None}
+        target = f"{path}?{urlencode(wanted)}" if wanted else path
+        raw = None if body is None else json.dumps(body).encode()
+        until = time.monotonic() + patience
+        turned = 0
+        arrived = False
+        while True:
+            try:
+                return self._once(method, target, raw, headers, timeout)
+            except NotLeader:
+                turned += 1
+                if turned >= len(self._urls):
+                    raise
+                self._next_master()
+            except ConnectionLost as lost:
+                self.close()
+                arrived = arrived or lost.sent
+                turned += 1
+                if turned < len(self._urls):
+                    self._next_master()
+                    continue
+                if lost.late:
+                    raise DeadlineExceeded(f"{self.where} gave no answer within {timeout:.0f} s", hint="atoll job list") from None
+                # A request that never left is not tried again: most likely no master is there at all.
+                if time.monotonic() > until or (method != "GET" and not arrived):
+                    raise self._unreachable(str(lost), arrived and method != "GET") from None
+                time.sleep(0.3)
+
+    def _unreachable(self, why: str, arrived: bool) -> AtollError:
+        if arrived:
+            return Unreachable(f"the connection to {self.where} was lost: {why}; the request may have arrived", hint="atoll job list")
+        hint = "run this as root on a master, or set ATOLL_MASTER, ATOLL_CA and ATOLL_TOKEN_FILE"
+        if self._urls:
+            hint = "see whether that master runs, and whether ATOLL_MASTER is right"
+        return Unreachable(f"no master answers at {self.where}: {why}", hint=hint)
+
+    def _next_master(self) -> None:
+        self.close()
+        self._urls.append(self._urls.pop(0))
+
+    def close(self) -> None:
+        """Close the connection; the next request opens another."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _open(self) -> http.client.HTTPConnection:
+        if not self._urls:
+            connection: http.client.HTTPConnection = _UnixConnection(self._socket)
+        else:
+            connection = self._tls(self._urls[0])
+        try:
+            connection.connect()
+        except PermissionError:
+            raise Unauthenticated(
+                f"only root may use {self._socket}", hint="use sudo, or HTTPS with a token: ATOLL_MASTER, ATOLL_TOKEN_FILE"
+            ) from None
+        except OSError as error:
+            import ssl
+
+            if isinstance(error, ssl.SSLCertVerificationError):
+                hint = "set ATOLL_CA to the cluster's ca.pem, and use the name or address that the master's certificate has"
+                raise Unauthenticated(f"the certificate of {self.where} is not trusted: {error.verify_message}", hint=hint) from None
+            raise ConnectionLost(error.strerror or str(error), sent=False) from None
+        return connection
+
+    def _tls(self, url: str) -> http.client.HTTPConnection:
+        import ssl
+
+        parts = urlsplit(url)
+        if parts.scheme != "https" or not parts.hostname:
+            raise InvalidInput(f"ATOLL_MASTER is {url!r}, which is not of the form https://HOST:PORT")
+        authority = settings.ca_file()
+        try:
+            context = ssl.create_default_context(cafile=authority)
+        except OSError as error:
+            raise InvalidInput(f"the CA file {authority} cannot be read: {error.strerror or error}", hint="set ATOLL_CA") from None
+        return http.client.HTTPSConnection(parts.hostname, parts.port or 7770, timeout=CONNECT, context=context)
+
+    def _once(self, method: str, target: str, raw: bytes | None, headers: dict[str, str], timeout: float) -> Any:
+        connection = self._connection = self._connection or self._open()
+        sent = False
+        try:
+            if connection.sock is not None:
+                connection.sock.settimeout(timeout)
+            everything = {"Accept": "application/json", **headers}
+            if raw is not None:
+                everything["Content-Type"] = "application/json"
+            if self._token:
+                everything["Authorization"] = f"Bearer {self._token}"
+            # From the first byte on, it may have arrived.
+            sent = True
+            connection.request(method, target, body=raw, headers=everything)
+            response = connection.getresponse()
+            content = response.read()
+        except TimeoutError:
+            raise ConnectionLost("no answer in time", sent=sent, late=True) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise ConnectionLost(str(error) or type(error).__name__, sent=sent) from None
+        if response.will_close:
+            self.close()
+        try:
+            data = json.loads(content) if content else None
+        except ValueError:
+            raise Unreachable(f"{self.where} answered with something that is not JSON (HTTP {response.status})") from None
+        if response.status >= 400:
+            raise _error(data, response.status)
+        return data
+
+
+def _error(problem: Any, status: int) -> AtollError:
+    if not isinstance(problem, dict) or "code" not in problem:
+        return AtollError(f"the master answered with HTTP {status}")
+    details = {k: v for k, v in (problem.get("details") or {}).items() if k not in ("message", "hint")}
+    return from_wire({"code": problem["code"], "message": problem.get("detail", ""), "hint": problem.get("hint"), "details": details})
+
+
+def path_of(noun: str, target: str, *more: str) -> str:
+    """The address of an object."""
+    return "/".join(["/v1", f"{noun}s", quote(target, safe=""), *more])

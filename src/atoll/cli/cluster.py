@@ -1,0 +1,121 @@
+"""``atoll cluster``."""
+
+from __future__ import annotations
+
+import os
+import socket
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click
+
+from atoll.cli import work
+from atoll.cli.client import Client
+from atoll.cli.lazy import OrderedGroup
+from atoll.cli.options import format_option, job_options, pairs, split_words
+from atoll.cli.output import Style, duration, print_data, print_object
+from atoll.cli.settings import DEFAULT_CONFIG
+
+config_option = click.option(
+    "--config", metavar="PATH", default=lambda: os.environ.get("ATOLL_CONFIG") or DEFAULT_CONFIG, help="This node's configuration file."
+)
+set_option = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Write this key into the configuration.")
+
+
+@click.group(cls=OrderedGroup)
+def cluster() -> None:
+    """The cluster as a whole."""
+
+
+@cluster.command()
+@click.argument("name")
+@click.option("--node", default=lambda: socket.gethostname().split(".")[0], metavar="NAME", help="This node's name (default: the host's).")
+@click.option("--address", required=True, metavar="IP", help="Where other nodes reach this one.")
+@click.option("--hypervisor", type=click.Choice(["qemu", "fake"]), default="qemu", show_default=True)
+@config_option
+@set_option
+def init(name: str, node: str, address: str, hypervisor: str, config: str, overrides: tuple[str, ...]) -> None:
+    """Make a cluster whose first node and master is this machine."""
+    setup = import_module("atoll.master.setup")
+    setup.init(name, node, address, Path(config), hypervisor, pairs(overrides, "--set"))
+    click.echo(f"The cluster {name} is made; {node} is its master.")
+    click.echo("Next: start atoll-master and atoll-agent, then add nodes: atoll node add NAME", err=True)
+
+
+@cluster.command()
+@format_option
+def info(format: str) -> None:
+    """The cluster, and how many of everything it has."""
+    print_object(Client().get("/v1/cluster"), Style(format=format))
+
+
+@cluster.command()
+@format_option
+@click.pass_context
+def verify(ctx: click.Context, format: str) -> None:
+    """Look at everything: what is strange, half-made, missing or held, since when, and what to type.
+
+    The exit code is 1 if there is an error among the findings.
+    """
+    findings = Client().get("/v1/cluster/verify", timeout=300.0)["findings"]
+    if format != "table":
+        print_data(findings, format)
+    elif not findings:
+        click.echo("Nothing is wrong.")
+    else:
+        _tell(findings)
+    if any(finding["severity"] == "error" for finding in findings):
+        ctx.exit(1)
+
+
+def _tell(findings: list[dict[str, Any]]) -> None:
+    import time
+
+    colors = {"error": "red", "warning": "yellow"}
+    for finding in findings:
+        head = click.style(finding["severity"], fg=colors.get(finding["severity"]), bold=True)
+        age = f" (for {duration(time.time() - finding['since'])})" if finding["since"] else ""
+        click.echo(f"{head}: {finding['about']}: {finding['what']}{age}")
+        if finding["why"]:
+            click.echo(f"  {finding['why']}")
+        for command in finding["commands"]:
+            click.echo(f"  $ {command}")
+    errors = sum(finding["severity"] == "error" for finding in findings)
+    click.echo(f"{len(findings)} findings, {errors} of them errors")
+
+
+@cluster.command()
+@click.option("--hypervisor", type=click.Choice(["qemu", "fake"]), help="For new instances.")
+@click.option("-D", "--driver-option", "driver_options", multiple=True, metavar="DRIVER:KEY=VALUE,...", help="Defaults of new pools.")
+@job_options
+def modify(hypervisor: str | None, driver_options: tuple[str, ...], **options: Any) -> None:
+    """Change the cluster's defaults."""
+    body: dict[str, Any] = {"hypervisor": hypervisor}
+    if driver_options:
+        body["driver_options"] = _driver_options(driver_options)
+    work.run("cluster", "modify", body=body, **options)
+
+
+def _driver_options(texts: tuple[str, ...]) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = {}
+    for text in texts:
+        driver, colon, rest = text.partition(":")
+        if not colon:
+            raise click.UsageError(f"-D: {text!r} is not of the form DRIVER:KEY=VALUE")
+        found.setdefault(driver, {}).update(split_words(rest, "-D"))
+    return found
+
+
+@cluster.command()
+@click.argument("name")
+@click.option("--role", type=click.Choice(["reader", "operator", "admin"]), default="reader", show_default=True)
+@format_option
+def token(name: str, role: str, format: str) -> None:
+    """Make an API token for NAME. It is printed once, and kept only as a hash."""
+    made = Client().send("POST", "/v1/tokens", {"name": name, "role": role})
+    if format != "table":
+        print_data(made, format)
+        return
+    click.echo(made["token"])
+    click.echo("Next: keep it in a file with mode 600 and set ATOLL_TOKEN_FILE", err=True)

@@ -1,0 +1,144 @@
+"""Which columns the lists have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from atoll.cli.output import Column, Row, Table
+
+
+def _field(name: str) -> Callable[[Row], Any]:
+    return lambda row: row.get(name)
+
+
+def _column(title: str, name: str, kind: str = "text", *, if_any: bool = False) -> Column:
+    return Column(title, _field(name), kind, if_any)
+
+
+def _held(row: Row) -> str | None:
+    return f"job {row['hold']['job']}" if row.get("hold") else None
+
+
+def _disks(key: str) -> Callable[[Row], list[Any]]:
+    return lambda row: [disk.get(key) for disk in row.get("disks") or []]
+
+
+def _once(key: str) -> Callable[[Row], list[Any]]:
+    return lambda row: list(dict.fromkeys(disk.get(key) for disk in row.get("disks") or []))
+
+
+HELD = Column("Held by", _held, if_any=True)
+
+INSTANCES = Table(
+    {
+        "name": _column("Instance", "name"),
+        "state": _column("State", "state"),
+        "node": _column("Node", "node"),
+        "secondary": _column("Secondary", "secondary", if_any=True),
+        "memory": _column("Memory", "memory", "size"),
+        "vcpus": _column("VCPUs", "vcpus", "number"),
+        "disks": Column("Disks", _disks("size"), "size"),
+        "pools": Column("Pool", _once("pool")),
+        "drivers": Column("Driver", _once("driver")),
+        "volumes": Column("Volumes", _disks("volume")),
+        "disk_size": _column("Disk size", "disk_size", "size"),
+        "reason": _column("Reason", "reason", if_any=True),
+        "job": _column("Job", "job", "number"),
+        "held": HELD,
+        "tags": _column("Tags", "tags", if_any=True),
+        "created": _column("Created", "created", "time"),
+    },
+    ("name", "state", "node", "secondary", "memory", "vcpus", "disks", "pools", "reason", "held"),
+)
+
+NODES = Table(
+    {
+        "name": _column("Node", "name"),
+        "group": _column("Group", "group"),
+        "state": _column("State", "state"),
+        "memory_total": _column("Memory", "memory_total", "size"),
+        "memory_free": _column("Free", "memory_free", "size"),
+        "disk_total": _column("Disk", "disk_total", "size"),
+        "disk_free": _column("DFree", "disk_free", "size"),
+        "guests": _column("Guests", "guests", "number"),
+        "address": _column("Address", "address"),
+        "roles": _column("Roles", "roles"),
+        "last_seen": _column("Last seen", "last_seen", "age"),
+        "stalled": _column("Stalled pools", "stalled_pools", if_any=True),
+        "held": HELD,
+    },
+    ("name", "group", "state", "memory_total", "memory_free", "disk_total", "disk_free", "guests", "address", "roles", "stalled", "held"),
+)
+
+GROUPS = Table(
+    {
+        "name": _column("Group", "name"),
+        "nodes": _column("Nodes", "nodes"),
+        "instances": _column("Instances", "instances", "number"),
+        "pools": _column("Pools", "pools"),
+        "accelerator": _column("Accelerator", "accelerator"),
+        "cpu_model": _column("CPU model", "cpu_model"),
+        "machine": _column("Machine", "machine"),
+        "held": HELD,
+    },
+    ("name", "nodes", "instances", "pools", "accelerator", "cpu_model", "machine", "held"),
+)
+
+POOLS = Table(
+    {
+        "name": _column("Pool", "name"),
+        "driver": _column("Driver", "driver"),
+        "state": _column("State", "state"),
+        "groups": _column("Groups", "groups"),
+        "writers": _column("Writers", "writers"),
+        "volumes": _column("Volumes", "volumes", "number"),
+        "promised": _column("Promised", "promised", "size"),
+        "total": _column("Total", "total", "size"),
+        "free": _column("Free", "free", "size"),
+        "reason": _column("Reason", "state_reason", if_any=True),
+        "stalled": _column("Stalled on", "stalled", if_any=True),
+        "held": HELD,
+    },
+    ("name", "driver", "state", "groups", "writers", "volumes", "promised", "total", "free", "reason", "stalled", "held"),
+)
+
+VOLUMES = Table(
+    {
+        "name": _column("Volume", "name"),
+        "id": _column("Id", "id"),
+        "state": _column("State", "state"),
+        "size": _column("Size", "size", "size"),
+        "pool": _column("Pool", "pool"),
+        "driver": _column("Driver", "driver"),
+        "instance": _column("Instance", "instance"),
+        "node": _column("Node", "node", if_any=True),
+        "tags": _column("Tags", "tags", if_any=True),
+        "held": HELD,
+    },
+    ("name", "id", "state", "size", "pool", "instance", "node", "held"),
+)
+
+
+def _job_note(row: Row) -> str | None:
+    if row.get("reason"):
+        return str(row["reason"])
+    error = row.get("error") or {}
+    return error.get("message")
+
+
+JOBS = Table(
+    {
+        "id": _column("Job", "id", "number"),
+        "state": _column("State", "state"),
+        "age": _column("Age", "age", "age"),
+        "took": Column("Took", lambda row: row["ended"] - row["started"] if row.get("ended") and row.get("started") else None, "age"),
+        "who": _column("Who", "who"),
+        "summary": _column("What", "summary"),
+        "operation": _column("Operation", "operation"),
+        "note": Column("Note", _job_note, if_any=True),
+    },
+    ("id", "state", "age", "took", "who", "summary", "note"),
+)
+
+TABLES = {"instance": INSTANCES, "node": NODES, "group": GROUPS, "pool": POOLS, "volume": VOLUMES, "job": JOBS}

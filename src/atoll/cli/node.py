@@ -1,0 +1,185 @@
+"""``atoll node``."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click
+
+from atoll.cli import settings, work
+from atoll.cli.client import Client
+from atoll.cli.cluster import config_option, set_option
+from atoll.cli.lazy import OrderedGroup
+from atoll.cli.options import complete, confirm, force_option, format_option, job_options, on_node, pairs, target
+from atoll.cli.output import print_data
+from atoll.cli.reads import info_command, list_command
+from atoll.model.errors import HostError, InvalidInput
+
+#: Seconds for a node to join over ssh.
+SSH_DEADLINE = 300.0
+
+
+@click.group(cls=OrderedGroup)
+def node() -> None:
+    """Nodes: add them, empty them, say that one is dead."""
+
+
+node.add_command(list_command("node"))
+node.add_command(info_command("node"))
+
+_group_option = click.option("-g", "--group", metavar="GROUP", help="The group it joins.", shell_complete=complete("group"))
+
+
+def _token(name: str, group: str | None) -> dict[str, Any]:
+    made: dict[str, Any] = Client().send("POST", "/v1/nodes/token", {"name": name, **({"group": group} if group else {})})
+    return made
+
+
+@node.command()
+@click.argument("name")
+@_group_option
+@format_option
+def token(name: str, group: str | None, format: str) -> None:
+    """Print a token with which the node NAME may join: once, within 15 minutes."""
+    made = _token(name, group)
+    print_data(made, format) if format != "table" else click.echo(made["token"])
+
+
+@node.command()
+@click.argument("name")
+@_group_option
+@click.option("--address", metavar="IP", help="The node's address.")
+@click.option("--master", metavar="URL", help="This master's address as the node sees it.")
+@click.option("--ssh", metavar="[USER@]HOST", help="Let it join right now, over ssh.")
+@set_option
+def add(name: str, group: str | None, address: str | None, master: str | None, ssh: str | None, overrides: tuple[str, ...]) -> None:
+    """Add a node: prints a token and what to type there; with --ssh does it."""
+    url = master or _master_url()
+    address = address or (ssh.rpartition("@")[2] if ssh else None)
+    command = ["atoll", "node", "join", "--master", url, "--name", name, "--address", address or "ADDRESS", "--token-file", "-"]
+    for text in overrides:
+        command += ["--set", text]
+    made = _token(name, group)["token"]
+    if ssh:
+        _over_ssh(ssh, command, made)
+        click.echo(f"{name} has joined.")
+        click.echo("Next: atoll node list", err=True)
+        return
+    click.echo(f"On {name}, within 15 minutes, type\n\n  {shlex.join(command)}\n\nand give it this token, which works once:\n\n  {made}")
+
+
+def _master_url() -> str:
+    urls = settings.masters()
+    if urls:
+        return urls[0]
+    config = settings.local_config()
+    port = config.get("master_port", 7770)
+    address = config.get("address")
+    if not address:
+        raise InvalidInput("this node's configuration does not tell its address", hint="give --master https://ADDRESS:7770")
+    return f"https://{f'[{address}]' if ':' in address else address}:{port}"
+
+
+def _over_ssh(host: str, command: list[str], token: str) -> None:
+    """The token goes in through stdin: the command line is visible to everybody on both machines."""
+    if host.startswith("-"):
+        raise InvalidInput(f"{host!r} is not a host")
+    try:
+        done = subprocess.run(["ssh", "--", host, shlex.join(command)], input=token + "\n", text=True, timeout=SSH_DEADLINE, check=False)
+    except FileNotFoundError:
+        raise HostError("there is no ssh on this machine", hint="install openssh-client, or leave --ssh away") from None
+    except subprocess.TimeoutExpired:
+        raise HostError(f"ssh {host} took longer than {SSH_DEADLINE:.0f} s", hint=f"ssh {host}") from None
+    if done.returncode:
+        raise HostError(f"ssh {host} ended with exit code {done.returncode}", hint="look at what it said above")
+
+
+@node.command()
+@click.option("--master", required=True, metavar="URL", help="Such as https://node1:7770.")
+@click.option("--name", required=True, metavar="NAME", help="The name for which the token was made.")
+@click.option("--address", required=True, metavar="IP", help="Where other nodes reach this one.")
+@click.option("--token-file", required=True, metavar="PATH", help="A file with the token; - reads stdin, or asks.")
+@config_option
+@set_option
+def join(master: str, name: str, address: str, token_file: str, config: str, overrides: tuple[str, ...]) -> None:
+    """Let this machine join a cluster."""
+    secret = settings.read_secret(token_file)
+    joining = import_module("atoll.agent.join")
+    joining.join(master, name, address, secret, Path(config), pairs(overrides, "--set"))
+    click.echo(f"{name} has joined the cluster.")
+    click.echo("Next: start atoll-agent here", err=True)
+
+
+@node.command()
+@target("node")
+@click.option("--offline/--online", default=None, help="Nothing is asked of an offline node.")
+@click.option("--drained/--undrained", default=None, help="A drained node gets nothing new.")
+@click.option("--role", "roles", multiple=True, metavar="ROLE", help="Its roles; replaces all.")
+@job_options
+def modify(target: str, offline: bool | None, drained: bool | None, roles: tuple[str, ...], **options: Any) -> None:
+    """Set a node offline or drained, or change its roles."""
+    change(target, offline, drained, list(roles) or None, options)
+
+
+def change(name: str, offline: bool | None, drained: bool | None, roles: list[str] | None, options: dict[str, Any]) -> None:
+    """Ask for the change; refuses one that changes nothing."""
+    if offline is None and drained is None and roles is None:
+        raise InvalidInput("nothing to change is given", hint="--offline, --online, --drained, --undrained or --role")
+    work.run("node", "modify", name, {"offline": offline, "drained": drained, "roles": roles}, **options)
+
+
+_dead_option = click.option("--node-is-dead", is_flag=True, help="Your word that the node is off, for this moment.")
+
+
+@node.command()
+@target("node")
+@on_node("Where to; default: the best place for each.")
+@job_options
+def migrate(target: str, node: str | None, **options: Any) -> None:
+    """Move all instances of a node alive."""
+    work.run("node", "migrate", target, {"target": node}, **options)
+
+
+@node.command()
+@target("node")
+@on_node("Where to; default: the best place for each.")
+@_dead_option
+@job_options
+def failover(target: str, node: str | None, node_is_dead: bool, **options: Any) -> None:
+    """Start all instances of a node elsewhere; if it does not answer, only with --node-is-dead."""
+    work.run("node", "failover", target, {"target": node, "node_is_dead": node_is_dead}, **options)
+
+
+@node.command()
+@target("node")
+@on_node("Where to; default: the best place for each.")
+@_dead_option
+@job_options
+def evacuate(target: str, node: str | None, node_is_dead: bool, **options: Any) -> None:
+    """Empty a node: migrate what runs, move or start elsewhere the rest."""
+    work.run("node", "evacuate", target, {"target": node, "node_is_dead": node_is_dead}, **options)
+
+
+@node.command("declare-dead")
+@target("node")
+@force_option
+@job_options
+def declare_dead(target: str, force: bool, **options: Any) -> None:
+    """Say that a node is off, for this moment. If it still runs, disks may be written by two machines."""
+    question = f"Are you sure that {target} is off? If it still runs its guests, their disks will be destroyed."
+    confirm(question, force or options["dry_run"])
+    work.run("node", "declare-dead", target, {}, **options)
+
+
+@node.command()
+@target("node")
+@force_option
+@job_options
+def remove(target: str, force: bool, **options: Any) -> None:
+    """Take a node out of the cluster for good; its certificate is refused from then on."""
+    confirm(f"Remove the node {target} from the cluster?", force or options["dry_run"])
+    work.run("node", "remove", target, {}, **options)

@@ -1,0 +1,93 @@
+"""Where the master is and who we are: options, environment, and the node's configuration file."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from atoll.model.errors import InvalidInput
+
+DEFAULT_CONFIG = "/etc/atoll/atoll.toml"
+DEFAULT_RUN_DIR = "/run/atoll"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of the outermost command."""
+
+    socket: str | None = None
+
+
+def local_config() -> dict[str, Any]:
+    """This node's configuration as written, without defaults; empty where there is none."""
+    path = Path(os.environ.get("ATOLL_CONFIG") or DEFAULT_CONFIG)
+    if not path.is_file():
+        return {}
+    import tomllib
+
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"{path} cannot be read: {error}") from None
+
+
+def run_dir() -> Path:
+    """Where sockets of this node's daemons are."""
+    return Path(str(local_config().get("run_dir", DEFAULT_RUN_DIR)))
+
+
+def current() -> Settings:
+    """The settings of the running command."""
+    context = click.get_current_context(silent=True)
+    found = context.find_root().obj if context else None
+    return found if isinstance(found, Settings) else Settings()
+
+
+def socket_path() -> str:
+    """The master's socket: ``--socket``, ATOLL_SOCKET, or the one of this node's configuration."""
+    return current().socket or os.environ.get("ATOLL_SOCKET") or str(run_dir() / "api.sock")
+
+
+def masters() -> list[str]:
+    """Base URLs from ATOLL_MASTER (several with commas); empty means: use the socket."""
+    if current().socket:
+        return []
+    return [url.strip().rstrip("/") for url in os.environ.get("ATOLL_MASTER", "").split(",") if url.strip()]
+
+
+def ca_file() -> str | None:
+    """The cluster's CA: ATOLL_CA, or this node's copy."""
+    named = os.environ.get("ATOLL_CA")
+    if named:
+        return named
+    here = Path(str(local_config().get("etc_dir", "/etc/atoll"))) / "tls" / "ca.pem"
+    return str(here) if here.is_file() else None
+
+
+def token() -> str | None:
+    """The API token from the file that ATOLL_TOKEN_FILE names. Errors: InvalidInput when others can read the file."""
+    named = os.environ.get("ATOLL_TOKEN_FILE")
+    return read_secret(named) if named else None
+
+
+def read_secret(name: str) -> str:
+    """A secret from a file, or from stdin (``-``; a prompt on a terminal). Errors: InvalidInput."""
+    if name == "-":
+        text = click.prompt("Token", hide_input=True, err=True) if sys.stdin.isatty() else sys.stdin.readline()
+    else:
+        path = Path(name)
+        try:
+            if path.is_file() and stat.S_IMODE(path.stat().st_mode) & 0o077:
+                raise InvalidInput(f"others may read {path}, which holds a token", hint=f"chmod 600 {path}")
+            text = path.read_text()
+        except OSError as error:
+            raise InvalidInput(f"cannot read {path}: {error.strerror}", hint="name a file that holds the token") from None
+    if not text.strip():
+        raise InvalidInput("the token is empty", hint="give it on stdin (--token-file -) or in a file")
+    return str(text).strip()

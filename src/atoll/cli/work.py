@@ -1,0 +1,206 @@
+"""Commands that make jobs: submit with a fresh idempotency key, then wait and show progress."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+import uuid
+from typing import Any
+
+import click
+
+from atoll.cli.client import Client, path_of
+from atoll.cli.output import duration, print_data, text
+from atoll.model.errors import AtollError, NeedsAttention, from_wire
+
+#: Seconds of one long poll, and how long a master may be away while we watch.
+POLL, AWAY = 20.0, 120.0
+_LAST = ("done", "undone", "needs-attention")
+
+
+def run(
+    noun: str,
+    verb: str,
+    target: str = "",
+    body: dict[str, Any] | None = None,
+    *,
+    submit: bool = False,
+    dry_run: bool = False,
+    format: str = "table",
+) -> dict[str, Any] | None:
+    """Ask for an operation. Gives the ended job; None with ``--submit`` and ``--dry-run``. Errors: the job's."""
+    client = Client()
+    answer = ask(client, noun, verb, target, body, dry_run)
+    if dry_run:
+        _tell_dry_run(answer, format)
+        return None
+    if submit:
+        print_data(answer, format) if format != "table" else click.echo(str(answer["job"]))
+        return None
+    return finish(client, answer["job"], format)
+
+
+def run_many(
+    noun: str,
+    verb: str,
+    targets: tuple[str, ...],
+    body: dict[str, Any],
+    *,
+    submit: bool = False,
+    dry_run: bool = False,
+    format: str = "table",
+) -> None:
+    """The same for several objects: all jobs are submitted, then each is waited for; the first error is told at the end."""
+    if len(targets) == 1:
+        run(noun, verb, targets[0], body, submit=submit, dry_run=dry_run, format=format)
+        return
+    client = Client()
+    failed: AtollError | None = None
+    answers = []
+    for name in targets:
+        try:
+            answers.append(ask(client, noun, verb, name, body, dry_run))
+        except AtollError as error:
+            click.echo(f"{name}: {error.message}", err=True)
+            failed = failed or error
+    for answer in answers:
+        try:
+            if dry_run:
+                _tell_dry_run(answer, format)
+            elif submit:
+                click.echo(str(answer["job"]))
+            else:
+                finish(client, answer["job"], format)
+        except AtollError as error:
+            click.echo(f"job {answer['job']}: {error.message}", err=True)
+            failed = failed or error
+    if failed:
+        raise failed
+
+
+def ask(client: Client, noun: str, verb: str, target: str, body: dict[str, Any] | None, dry_run: bool = False) -> dict[str, Any]:
+    """Submit an operation: the API's answer. Parameters that are None are left out."""
+    sent = {name: value for name, value in (body or {}).items() if value is not None}
+    query = {"dry_run": "true"} if dry_run else None
+    method, path = _address(noun, verb, target)
+    answer: dict[str, Any] = client.send(method, path, sent, key=str(uuid.uuid4()), query=query)
+    return answer
+
+
+def _address(noun: str, verb: str, target: str) -> tuple[str, str]:
+    if noun == "cluster":
+        return "POST", f"/v1/cluster/{verb}"
+    if verb in ("add", "create"):
+        return "POST", f"/v1/{noun}s"
+    if verb in ("remove", "delete"):
+        return "DELETE", path_of(noun, target)
+    return "POST", path_of(noun, target, verb)
+
+
+def _tell_dry_run(answer: dict[str, Any], format: str) -> None:
+    if format != "table":
+        print_data(answer, format)
+        return
+    click.echo(f"Would {answer['summary']}.")
+
+
+def finish(client: Client, number: int, format: str = "table", *, quiet: bool = False) -> dict[str, Any]:
+    """Wait for a job and tell its end. Errors: the job's own; NeedsAttention."""
+    job = watch(client, number)
+    if format != "table":
+        print_data(job, format)
+    if job["state"] == "needs-attention":
+        commands = job["commands"] or [f"atoll job info {number}"]
+        raise NeedsAttention(f"job {number} ({job['summary']}) needs attention: {job['reason']}", hint="; ".join(commands))
+    if job["state"] == "undone":
+        raise _error_of(job)
+    if format == "table" and not quiet:
+        took = duration((job["ended"] or 0) - (job["started"] or job["created"]))
+        click.echo(f"Job {number} done: {job['summary']} ({took})")
+        _tell_result(job["result"])
+    return job
+
+
+def _error_of(job: dict[str, Any]) -> AtollError:
+    known = job["error"] or {"code": "cancelled", "message": "it was cancelled"}
+    details = {k: v for k, v in (known.get("details") or {}).items() if k not in ("message", "hint")}
+    message = f"{job['summary']}: {known.get('message', '')} (job {job['id']} was undone)"
+    return from_wire({**known, "message": message, "details": details})
+
+
+def _tell_result(result: Any) -> None:
+    if isinstance(result, dict):
+        for name, value in result.items():
+            click.echo(f"  {name}: {text(value)}")
+    elif isinstance(result, list):
+        for value in result:
+            click.echo(f"  {text(value)}")
+    elif result is not None and not isinstance(result, bool):
+        click.echo(f"  {result}")
+
+
+def watch(client: Client, number: int) -> dict[str, Any]:
+    """Show a job's progress on stderr until it has ended or needs attention. Ctrl-C leaves the job alone and says so."""
+    show = _Line() if sys.stderr.isatty() else _Lines()
+    try:
+        job: dict[str, Any] = client.get(f"/v1/jobs/{number}", patience=AWAY)
+        while job["state"] not in _LAST:
+            show.progress(job)
+            job = client.get(f"/v1/jobs/{number}", {"wait": POLL}, patience=AWAY)
+    except KeyboardInterrupt:
+        show.clear()
+        click.echo(f"Job {number} goes on. Watch it: atoll job watch {number}. Stop it: atoll job cancel {number}.", err=True)
+        raise
+    finally:
+        show.clear()
+    return job
+
+
+def _words(job: dict[str, Any]) -> str:
+    progress = job.get("progress") or {}
+    percent = f" {progress['percent']:.0f}%" if progress.get("percent") is not None else ""
+    state = job["state"]
+    said = progress.get("text") or {"queued": "waits for other jobs", "undoing": "is being undone"}.get(state, "")
+    if state == "undoing" and progress.get("text"):
+        said = f"undoing: {said}"
+    return f"Job {job['id']}: {job['summary']}{percent}{' - ' + said if said else ''}"
+
+
+class _Lines:
+    """Progress where no terminal is: a line when the text changes, at most one per ten percent of the same text."""
+
+    def __init__(self) -> None:
+        self._last: tuple[str, str, int] | None = None
+
+    def progress(self, job: dict[str, Any]) -> None:
+        progress = job.get("progress") or {}
+        now = (job["state"], progress.get("text") or "", int((progress.get("percent") or 0) // 10))
+        if now != self._last:
+            self._last = now
+            click.echo(_words(job), err=True)
+
+    def clear(self) -> None:
+        """Nothing to clear."""
+
+
+class _Line(_Lines):
+    """Progress on a terminal: one line, written over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown = False
+        self._at = 0.0
+
+    def progress(self, job: dict[str, Any]) -> None:
+        self._at = time.monotonic()
+        width = shutil.get_terminal_size().columns - 1
+        sys.stderr.write(f"\r\x1b[K{_words(job)[:width]}")
+        sys.stderr.flush()
+        self._shown = True
+
+    def clear(self) -> None:
+        if self._shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+            self._shown = False
