@@ -12,7 +12,7 @@ from atoll.agent.service import Handler
 from atoll.model.errors import AtollError
 from atoll.model.messages import Attached, Connection, PoolRef
 from atoll.rpc.contract import Report
-from atoll.storage.host import StorageHost
+from atoll.storage.contract import StorageAccess
 
 #: Seconds for calls that touch metadata only, and for those that may write a whole image (preallocation, sync).
 QUICK, LONG = 30.0, 3600.0
@@ -21,7 +21,7 @@ QUICK, LONG = 30.0, 3600.0
 class Attachments:
     """What this agent attached for which instance, remembered in the run directory: like the attachments, it is gone after a reboot."""
 
-    def __init__(self, storage: StorageHost, run_dir: Path | None) -> None:
+    def __init__(self, storage: StorageAccess, run_dir: Path | None) -> None:
         self._storage = storage
         self._dir = run_dir / "attached" if run_dir else None
         self._kept: dict[str, dict[str, dict[str, Any]]] = {}
@@ -70,7 +70,7 @@ class Attachments:
 class StorageOrders:
     """Handlers of ``pool.*``, ``volume.*`` and ``disks.*``."""
 
-    def __init__(self, storage: StorageHost, attachments: Attachments) -> None:
+    def __init__(self, storage: StorageAccess, attachments: Attachments) -> None:
         self._storage, self._attachments = storage, attachments
 
     def handlers(self) -> dict[str, Handler]:

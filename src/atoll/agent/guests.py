@@ -13,13 +13,13 @@ from atoll.hypervisor.contract import Hypervisor
 from atoll.model.errors import AtollError, InUse, NotFound, StaleGeneration
 from atoll.model.messages import Connection, Endpoint, GuestDisk, GuestSpec, GuestStatus, Progress
 from atoll.rpc.contract import Report
-from atoll.storage.host import StorageHost
+from atoll.storage.contract import StorageAccess
 
 
 class GuestOrders:
     """Handlers of ``guest.*`` and ``claim.*``."""
 
-    def __init__(self, hypervisor: Hypervisor, memory: Memory, attachments: Attachments, storage: StorageHost) -> None:
+    def __init__(self, hypervisor: Hypervisor, memory: Memory, attachments: Attachments, storage: StorageAccess) -> None:
         self._hypervisor, self._memory, self._attachments, self._storage = hypervisor, memory, attachments, storage
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 

@@ -15,7 +15,7 @@ from atoll.jobs.submit import Submitter
 from atoll.jobs.undo import UndoFailed, undo_steps
 from atoll.model.errors import AtollError, Cancelled, DeadlineExceeded, Held, NotFound, NotLeader, StoreError, WrongState
 from atoll.model.messages import Progress
-from atoll.model.objects import Hold, Job, JobState, Step
+from atoll.model.objects import Hold, IdempotencyKey, Job, JobState, Step
 from atoll.rpc.agents import Agents
 from atoll.runtime.clock import Clock
 from atoll.store.cache import LeaderStore
@@ -173,6 +173,12 @@ class Engine:
         fields = {"state": JobState.QUEUED, "undoing": job.undoing or undo, "cancel_asked": False, "reason": "", "commands": ()}
         self._recovering.add(number)
         self.admit(await self.update(number, fields))
+
+    async def forget(self, job: Job) -> None:
+        """Delete an ended job with its journal and key."""
+        keys = [key] if (key := self.store.get(IdempotencyKey, job.key)) is not None else []
+        await self.store.write(delete=[job, *self.steps(job.number), *keys])
+        self._progress.pop(job.number, None)
 
     # --- running ---
 

@@ -79,4 +79,3 @@ async def _cancel_child(engine: Engine, number: int) -> None:
     if child.state.active and not child.committed:
         await engine.cancel(number)
     await engine.ended(number)
-

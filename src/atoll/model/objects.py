@@ -69,6 +69,8 @@ class Node(Stored):
     offline: bool = False
     drained: bool = False
     certificate_serial: str = ""
+    #: Whether the pools of its group have been prepared on it.
+    ready: bool = False
     tags: tuple[str, ...] = ()
 
 

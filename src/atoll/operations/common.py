@@ -130,8 +130,6 @@ def find_disk(state: State, instance: Instance, index: int | None, volume: str |
     return index
 
 
-
-
 def replace(state: State, cls: type[Stored], ident: str, **fields: Any) -> Stored:
     """The object with other fields; for the functions of ``write`` steps."""
     return state.store.require(cls, ident).model_copy(update=fields)
@@ -159,4 +157,3 @@ def run_tags(cls: type[Stored]) -> Any:
         return await job.write("tags", change)
 
     return run
-

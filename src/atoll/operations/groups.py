@@ -86,9 +86,7 @@ def _prepare_rename(state: State, target: str, request: Rename) -> Prepared:
     group = state.store.find(Group, target)
     check_new_name(state, Group, request.new_name)
     held = [group.resource, name_lock(Group, request.new_name)]
-    return Prepared(
-        {"id": group.id, "name": request.new_name}, locks(exclusive=held), f"rename group {group.name} to {request.new_name}"
-    )
+    return Prepared({"id": group.id, "name": request.new_name}, locks(exclusive=held), f"rename group {group.name} to {request.new_name}")
 
 
 async def _run_rename(job: JobContext, request: dict[str, Any]) -> Any:
@@ -108,9 +106,7 @@ def _prepare_assign(state: State, target: str, request: AssignNodes) -> Prepared
     for node in nodes:
         for instance in state.store.all(Instance):
             if node.id in state.claim(instance.id).nodes and node.group != group.id:
-                raise InUse(
-                    f"node {node.name} runs instance {instance.name} of another group", hint=f"atoll node evacuate {node.name}"
-                )
+                raise InUse(f"node {node.name} runs instance {instance.name} of another group", hint=f"atoll node evacuate {node.name}")
     held = [group.resource, *(node.resource for node in nodes)]
     return Prepared(
         {"id": group.id, "nodes": [n.id for n in nodes]},

@@ -179,9 +179,7 @@ def _prepare_remove(state: State, target: str, request: InstanceRemove) -> Prepa
         raise WrongState(f"instance {instance.name} may run on node {name}, which does not answer", hint="atoll node list")
     volumes = [v for _, v in state.volumes_of(instance)]
     held = [instance.resource, *(v.resource for v in volumes)]
-    return Prepared(
-        frozen(request, id=instance.id), locks([f"pool:{v.pool}" for v in volumes], held), f"remove instance {instance.name}"
-    )
+    return Prepared(frozen(request, id=instance.id), locks([f"pool:{v.pool}" for v in volumes], held), f"remove instance {instance.name}")
 
 
 async def _run_remove(job: JobContext, request: dict[str, Any]) -> Any:

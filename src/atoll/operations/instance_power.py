@@ -30,9 +30,7 @@ def proof_of_death(state: State, instance: Instance, node: Node, node_is_dead: b
     if node_is_dead or state.proved_dead(node.id):
         return
     weak = [
-        pool.name
-        for _, volume in state.volumes_of(instance)
-        if (pool := state.store.require(Pool, volume.pool)).writers is Writers.NONE
+        pool.name for _, volume in state.volumes_of(instance) if (pool := state.store.require(Pool, volume.pool)).writers is Writers.NONE
     ]
     risk = "if it still runs there, two guests will write the same disks and destroy them"
     if weak:
@@ -245,4 +243,3 @@ async def _run_powered_off(job: JobContext, request: dict[str, Any]) -> Any:
 
 
 register(Operation("instance.powered-off", Nothing, _prepare_loop("clear away the powered-off guest of"), _run_powered_off, public=False))
-

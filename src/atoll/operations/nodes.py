@@ -196,6 +196,11 @@ async def _run_welcome(job: JobContext, request: dict[str, Any]) -> Any:
             await job.call(f"prepare/{name}", request["id"], "pool.prepare", {"ref": ref, "create": local})
         except AtollError as error:
             problems[name] = error.message
+
+    def ready() -> Changes:
+        return Changes(put=[job.state.store.require(Node, request["id"]).model_copy(update={"ready": True})])
+
+    await job.write("ready", ready)
     return {"node": request["id"], "problems": problems}
 
 

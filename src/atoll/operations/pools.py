@@ -202,9 +202,7 @@ def _prepare_disconnect(state: State, target: str, request: PoolConnect) -> Prep
     pool, group = state.store.find(Pool, target), state.store.find(Group, request.group)
     if group.id not in pool.groups:
         raise NotFound(f"pool {pool.name} is not connected to group {group.name}", hint=f"atoll pool info {pool.name}")
-    users = [
-        i.name for i in state.store.all(Instance) if i.group == group.id and any(v.pool == pool.id for _, v in state.volumes_of(i))
-    ]
+    users = [i.name for i in state.store.all(Instance) if i.group == group.id and any(v.pool == pool.id for _, v in state.volumes_of(i))]
     if users:
         raise InUse(f"instances of group {group.name} use pool {pool.name}: {', '.join(users[:5])}", hint="atoll instance list")
     return Prepared(

@@ -22,9 +22,7 @@ def access_of(state: State, pool: Pool) -> str:
 
 def guest_spec(state: State, instance: Instance, generation: int) -> dict[str, Any]:
     """What a hypervisor is told of the guest, as JSON; the same on both sides of a migration."""
-    disks = [
-        GuestDisk(volume=volume.id, slot=disk.slot, size=volume.size, mode=disk.mode) for disk, volume in state.volumes_of(instance)
-    ]
+    disks = [GuestDisk(volume=volume.id, slot=disk.slot, size=volume.size, mode=disk.mode) for disk, volume in state.volumes_of(instance)]
     spec = GuestSpec(
         instance=instance.id,
         name=instance.name,

@@ -138,9 +138,7 @@ async def grow_image(job: JobContext, volume: str, size: int, prefer: str | None
     found = await job.read("where", where)
     for number, (node, ref) in enumerate(found["refs"]):
         key = f"grow image/{volume}" + (f" copy {number + 1}" if number else "")
-        grown = await job.call(
-            key, node, "volume.grow", {"ref": ref, "logical_id": found["logical_id"], "size": size}, deadline=3600.0
-        )
+        grown = await job.call(key, node, "volume.grow", {"ref": ref, "logical_id": found["logical_id"], "size": size}, deadline=3600.0)
 
     def record() -> Changes:
         kept = job.state.store.require(Volume, volume)

@@ -70,6 +70,8 @@ def _refusal(cluster: Cluster, needs: Needs, node: Node, free: int) -> str:
         return "does not have the role vm"
     if not cluster.alive(node.id):
         return "does not answer"
+    if not node.ready:
+        return "has not prepared its pools yet"
     if free < needs.memory:
         return f"has only {format_size(max(free, 0))} of memory free, {format_size(needs.memory)} are needed"
     return ""

@@ -161,3 +161,23 @@ def as_json(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [as_json(v) for v in value]
     return value
+
+
+class StorageAccess(Protocol):
+    """What an agent uses: both halves of every driver, each call in the pool's worker and within a deadline (seconds).
+
+    Results and arguments are JSON-able. Errors: the driver's; DeadlineExceeded or Unreachable when the outcome is not known;
+    PoolUnavailable when the pool is stalled.
+    """
+
+    async def pool(self, ref: PoolRef, method: str, deadline: float, **args: Any) -> Any:
+        """Call the pool half."""
+
+    async def connector(self, pool: str, driver: str, method: str, deadline: float, **args: Any) -> Any:
+        """Call the node half, in the worker of the pool with this id."""
+
+    def stalled(self) -> dict[str, str]:
+        """Pools (by id) whose storage hangs, with the reason."""
+
+    async def close(self) -> None:
+        """End all workers."""

@@ -1,0 +1,58 @@
+"""Orders that copy a stopped node-local disk to another node, over TLS."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from atoll.agent.disks import QUICK
+from atoll.agent.service import Handler
+from atoll.model.messages import Connection, PoolRef
+from atoll.rpc.contract import Report
+from atoll.storage import copy
+from atoll.storage.contract import StorageAccess
+
+
+class CopyOrders:
+    """Handlers of ``copy.*``: the target serves one image for one peer, the source pushes into it."""
+
+    def __init__(self, storage: StorageAccess, tls_dir: Path, run_dir: Path, address: str) -> None:
+        self._storage, self._tls_dir, self._run_dir, self._address = storage, tls_dir, run_dir, address
+
+    def handlers(self) -> dict[str, Handler]:
+        """Method -> handler."""
+        return {"copy.serve": self.serve, "copy.unserve": self.unserve, "copy.push": self.push, "copy.unpush": self.unpush}
+
+    def _dir(self, volume: str) -> Path:
+        return self._run_dir / "copies" / volume
+
+    async def _path(self, args: dict[str, Any]) -> str:
+        """The image's path here, by way of the pool's own halves."""
+        ref = PoolRef(**args["ref"])
+        stat = await self._storage.pool(ref, "stat", QUICK, logical_id=args["logical_id"])
+        size = stat["size"] if stat else 0
+        connection = Connection(
+            **await self._storage.pool(ref, "connection", QUICK, logical_id=args["logical_id"], volume=args["volume"], size=size)
+        )
+        found = await self._storage.connector(
+            ref.id, connection.driver, "attach", QUICK, connection=connection.model_dump(mode="json"), access="userspace"
+        )
+        return str(found["path"])
+
+    async def serve(self, args: dict[str, Any], report: Report) -> Any:
+        """Serve the image to the peer; the port."""
+        run_dir = self._dir(args["volume"])
+        await copy.unserve(run_dir)
+        port, _ = await copy.serve(await self._path(args), self._address, self._tls_dir, args["peer"], run_dir)
+        return port
+
+    async def unserve(self, args: dict[str, Any], report: Report) -> Any:
+        """End that. Not served = success."""
+        await copy.unserve(self._dir(args["volume"]))
+
+    async def push(self, args: dict[str, Any], report: Report) -> Any:
+        """Copy the image into the peer's; it is durable there when this returns."""
+        await copy.push(await self._path(args), args["host"], args["port"], args["server"], self._tls_dir, report)
+
+    async def unpush(self, args: dict[str, Any], report: Report) -> Any:
+        """Nothing stays of a push that was broken off: its process ends with the order."""

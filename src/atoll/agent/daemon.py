@@ -1,0 +1,84 @@
+"""The agent as a daemon."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+
+import structlog
+
+from atoll.agent.copying import CopyOrders
+from atoll.agent.memory import Memory, open_database
+from atoll.agent.node import Agent
+from atoll.agent.server import create_app
+from atoll.hypervisor.contract import Hypervisor
+from atoll.model.errors import AtollError, InvalidInput
+from atoll.runtime.config import Config, load
+from atoll.runtime.files import lock_exclusively
+from atoll.runtime.httpserver import listening
+from atoll.runtime.logs import configure
+from atoll.runtime.systemd import notify_ready
+from atoll.storage.host import StorageHost
+
+log = structlog.get_logger()
+
+
+def make_hypervisor(config: Config) -> Hypervisor:
+    """The hypervisor that the configuration names."""
+    if config.hypervisor == "fake":
+        from atoll.hypervisor.fake import FakeHypervisor
+
+        return FakeHypervisor(config.run_dir, config.tls_dir, config.address, config.node)
+    from atoll.hypervisor.qemu import QemuHypervisor
+
+    return QemuHypervisor(config.run_dir, config.tls_dir, config.address, config.node, config.guest_user)
+
+
+async def run(config: Config) -> None:
+    """Serve until SIGTERM or SIGINT. Guests are never touched by the end of the agent."""
+    if not config.node or not (config.tls_dir / "cert.pem").exists():
+        raise InvalidInput("this node belongs to no cluster", hint="atoll cluster init, or atoll node join")
+    config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    lock = lock_exclusively(config.state_dir / "agent.lock")
+    storage = StorageHost(guest_user=config.guest_user)
+    memory = Memory(open_database(config.state_dir / "agent.db"))
+    copying = CopyOrders(storage, config.tls_dir, config.run_dir, config.address)
+    agent = Agent(config.node, make_hypervisor(config), storage, memory, config.run_dir, copying.handlers())
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with listening(
+        create_app(agent.service), host=config.address, port=config.agent_port, tls_dir=config.tls_dir, need_certificate=True
+    ):
+        beat = asyncio.create_task(agent.reporter.send(config))
+        notify_ready()
+        log.info("agent serves", node=config.node, address=config.address, port=config.agent_port, term=memory.term)
+        waiting = asyncio.create_task(stop.wait())
+        await asyncio.wait({beat, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        if beat.done():
+            beat.result()
+        beat.cancel()
+    await agent.close()
+    del lock
+
+
+def main() -> None:
+    """``atoll-agent [--config PATH]``."""
+    parser = argparse.ArgumentParser(prog="atoll-agent", description="The agent of one Atoll node.")
+    parser.add_argument("--config", help="configuration file (default /etc/atoll/atoll.toml)")
+    options = parser.parse_args()
+    try:
+        config = load(options.config)
+        configure(config.log_level)
+        asyncio.run(run(config))
+    except AtollError as error:
+        print(f"Error: {error.message}\nNext: {error.hint}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""An agent put together: memory, storage, hypervisor and the handlers of all orders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from atoll.agent.disks import Attachments, StorageOrders
+from atoll.agent.guests import GuestOrders
+from atoll.agent.memory import Memory
+from atoll.agent.report import Reporter
+from atoll.agent.service import Handler, Service
+from atoll.hypervisor.contract import Hypervisor
+from atoll.storage.contract import StorageAccess
+
+
+class Agent:
+    """One node's agent. ``run_dir`` None: nothing is remembered about attachments beyond this object (simulations).
+
+    ``more``: handlers of further orders.
+    """
+
+    def __init__(
+        self,
+        node: str,
+        hypervisor: Hypervisor,
+        storage: StorageAccess,
+        memory: Memory,
+        run_dir: Path | None,
+        more: dict[str, Handler] | None = None,
+    ) -> None:
+        attachments = Attachments(storage, run_dir)
+        handlers = {
+            **StorageOrders(storage, attachments).handlers(),
+            **GuestOrders(hypervisor, memory, attachments, storage).handlers(),
+            **(more or {}),
+        }
+        self.hypervisor, self.storage, self.memory = hypervisor, storage, memory
+        self.service = Service(node, memory, handlers)
+        self.reporter = Reporter(node, hypervisor, memory, storage)
+
+    async def close(self) -> None:
+        """End the agent; guests go on."""
+        await self.service.stop()
+        await self.storage.close()
+        self.memory.close()

@@ -1,0 +1,91 @@
+"""The agent's heartbeat: what runs here and how much room there is."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import aiohttp
+import structlog
+
+from atoll import __version__
+from atoll.agent.memory import Memory
+from atoll.hypervisor.contract import Hypervisor
+from atoll.model.errors import AtollError
+from atoll.model.messages import NodeReport
+from atoll.runtime import certs
+from atoll.runtime.config import Config
+from atoll.storage.contract import StorageAccess
+
+log = structlog.get_logger()
+
+
+def memory() -> tuple[int, int]:
+    """Total and available memory of this machine, in bytes (/proc/meminfo)."""
+    values = {}
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        values[name] = int(rest.split()[0]) * 1024
+    return values["MemTotal"], values["MemAvailable"]
+
+
+class Reporter:
+    """Makes reports and sends them."""
+
+    def __init__(self, node: str, hypervisor: Hypervisor, remembered: Memory, storage: StorageAccess) -> None:
+        self._node, self._hypervisor, self._memory, self._storage = node, hypervisor, remembered, storage
+        self._accelerator = ""
+        self._boot_id = ""
+
+    async def make(self) -> NodeReport:
+        """One report."""
+        if not self._accelerator:
+            self._accelerator = await self._hypervisor.probe()
+            self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        total, free = memory()
+        return NodeReport(
+            node=self._node,
+            term=self._memory.term,
+            version=__version__,
+            boot_id=self._boot_id,
+            memory_total=total,
+            memory_free=free,
+            cpus=os.cpu_count() or 1,
+            guests=await self._hypervisor.guests(),
+            stalled_pools=self._storage.stalled(),
+            accelerator=self._accelerator,
+        )
+
+    async def send(self, config: Config) -> None:
+        """Report to every master, for ever; a master that does not answer is tried again at the next beat."""
+        connector = aiohttp.TCPConnector(ssl=certs.client_context(config.tls_dir), limit=0)
+        async with aiohttp.ClientSession(connector=connector) as session:
+            silent: set[str] = set()
+            while True:
+                try:
+                    body = (await self.make()).model_dump_json()
+                    for url in config.masters:
+                        await self._post(session, url, body, silent)
+                except AtollError as error:
+                    log.warning("no report", error=error.message)
+                await asyncio.sleep(config.heartbeat)
+
+    async def _post(self, session: aiohttp.ClientSession, url: str, body: str, silent: set[str]) -> None:
+        try:
+            async with session.post(
+                f"{url}/agent/v1/report",
+                data=body,
+                headers={"Content-Type": "application/json"},
+                timeout=aiohttp.ClientTimeout(total=3.0),
+            ) as answer:
+                if answer.status == 200:
+                    silent.discard(url)
+                elif url not in silent:
+                    silent.add(url)
+                    log.warning("the master refuses the report", master=urlsplit(url).netloc, status=answer.status)
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            if url not in silent:
+                silent.add(url)
+                log.warning("the master does not answer", master=urlsplit(url).netloc, error=str(error) or type(error).__name__)

@@ -1,0 +1,199 @@
+"""A whole cluster in one process: memory store, in-process orders, guests in memory, virtual time.
+
+Everything above the transports is the real code. Crashes are simulated: ``crash_master`` and ``crash_agent`` drop the object, and what
+it had not made durable, on the floor; ``boot_master`` and ``boot_agent`` make another from what is durable.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from atoll.agent.memory import Memory, open_database
+from atoll.agent.node import Agent
+from atoll.api.leader import Caller, Submission
+from atoll.hypervisor.memory import MemoryHypervisor, World
+from atoll.lab.boxstorage import BoxStorage, SharedDisks
+from atoll.master.leader import MasterLeader
+from atoll.model.errors import AtollError, NotLeader, from_wire
+from atoll.model.messages import NodeReport
+from atoll.model.objects import Cluster, Group, Job, JobState, Node, Stored
+from atoll.rpc.inprocess import InProcessTransport
+from atoll.runtime.clock import LoopClock, VirtualLoop
+from atoll.store.cache import LeaderStore
+from atoll.store.memory import Durable, MemoryStore
+
+T = TypeVar("T")
+ROOT = Caller("root", "admin")
+#: Memory of a simulated node, in bytes.
+NODE_MEMORY = 64 << 30
+
+
+def simulate(story: Callable[[], Awaitable[T]], *, limit: float = 3600.0) -> T:
+    """Run a story in virtual time. ``limit``: virtual seconds after which it counts as hung."""
+    loop = VirtualLoop()
+    try:
+        asyncio.set_event_loop(loop)
+        return loop.run_until_complete(asyncio.wait_for(story(), limit))
+    finally:
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+        asyncio.set_event_loop(None)
+        loop.close()
+
+
+class Box:
+    """The cluster. Use ``await Box.make(...)``."""
+
+    def __init__(self, seed: int = 0, *, locking: bool = True) -> None:
+        self.rng = random.Random(seed)
+        self.clock = LoopClock()
+        self.durable = Durable()
+        self.world = World(locking=locking)
+        self.disks = SharedDisks(self.world)
+        self.transport = InProcessTransport()
+        self.nodes: dict[str, str] = {}
+        self.agents: dict[str, Agent] = {}
+        self._databases: dict[str, Any] = {}
+        self._beats: dict[str, asyncio.Task[None]] = {}
+        self.store: MemoryStore | None = None
+        self.leader: MasterLeader | None = None
+        #: Nodes whose link is cut: they and the master hear nothing of each other.
+        self.cut: set[str] = set()
+        self.loops = True
+
+    @classmethod
+    async def make(cls, nodes: int = 3, seed: int = 0, *, locking: bool = True, loops: bool = True) -> Box:
+        """A running cluster with nodes node1..N in one group, and no pool yet."""
+        box = cls(seed, locking=locking)
+        box.loops = loops
+        leader = await LeaderStore.open(MemoryStore(durable=box.durable))
+        group = Group(id="group-00000000000000001", name="default")
+        put: list[Stored] = [Cluster(id="cluster", name="box", ca_fingerprint="box", hypervisor="fake"), group]
+        for number in range(1, nodes + 1):
+            ident = f"node-{number:017x}"
+            box.nodes[f"node{number}"] = ident
+            put.append(Node(id=ident, name=f"node{number}", group=group.id, address="127.0.0.1", ready=True))
+        await leader.write(put=put)
+        await box.boot_master()
+        for name in box.nodes:
+            await box.boot_agent(name)
+        await box.settle_reports()
+        return box
+
+    # --- life of processes ---
+
+    async def boot_master(self) -> None:
+        """A new master takes a new term from the durable store."""
+        self.store = MemoryStore(durable=self.durable)
+        self.leader = MasterLeader(await LeaderStore.open(self.store), self.transport, self.clock, rng=random.Random(self.rng.random()))
+        self.transport.fault = self._link
+        await self.leader.start(loops=self.loops)
+
+    async def crash_master(self) -> None:
+        """The master's process dies."""
+        leader, self.leader = self.leader, None
+        if self.store is not None:
+            self.store.crash()
+        if leader is not None:
+            await leader.stop()
+
+    async def boot_agent(self, name: str) -> None:
+        """A new agent process on a node; it finds the guests that are there."""
+        database = self._databases.setdefault(name, open_database(":memory:"))
+        hypervisor = MemoryHypervisor(self.world, name)
+        agent = Agent(name, hypervisor, BoxStorage(self.disks, name), Memory(database), None)
+        self.agents[name] = agent
+        self.transport.agents[self.nodes[name]] = agent.service
+        self._beats[name] = asyncio.get_running_loop().create_task(self._beat(name, agent))
+
+    async def crash_agent(self, name: str) -> None:
+        """The agent's process dies; guests go on."""
+        agent = self.agents.pop(name, None)
+        self.transport.agents.pop(self.nodes[name], None)
+        if agent is not None:
+            self._beats.pop(name).cancel()
+            await agent.service.stop()
+
+    async def power_cut(self, name: str) -> None:
+        """Everything on the node is gone at once."""
+        self.world.power_cut(name)
+        await self.crash_agent(name)
+
+    async def close(self) -> None:
+        """End everything."""
+        for name in list(self.agents):
+            await self.crash_agent(name)
+        if self.leader is not None:
+            await self.leader.stop()
+        for database in self._databases.values():
+            database.close()
+
+    async def _link(self, phase: str, node: str, call: Any) -> None:
+        if node in self.cut:
+            await asyncio.sleep(call.deadline + 1)
+
+    async def _beat(self, name: str, agent: Agent) -> None:
+        while True:
+            await self._report(name, agent)
+            await asyncio.sleep(1.0)
+
+    async def _report(self, name: str, agent: Agent) -> None:
+        if self.leader is None or name in self.cut:
+            return
+        guests = await agent.hypervisor.guests()
+        used = sum(g.memory for g in guests)
+        report = NodeReport(
+            node=name, term=agent.memory.term, memory_total=NODE_MEMORY, memory_free=NODE_MEMORY - used, cpus=8, guests=guests
+        )
+        try:
+            await self.leader.report(self.nodes[name], report)
+        except NotLeader:
+            return
+
+    async def settle_reports(self) -> None:
+        """Let every agent report once."""
+        for name, agent in list(self.agents.items()):
+            await self._report(name, agent)
+
+    # --- asking ---
+
+    @property
+    def master(self) -> MasterLeader:
+        """The master that leads now."""
+        assert self.leader is not None
+        return self.leader
+
+    async def submit(self, operation: str, target: str = "", *, key: str = "", **request: Any) -> Submission:
+        """Submit a request as root."""
+        return await self.master.submit(operation, target, request, who=ROOT, key=key)
+
+    async def end_of(self, number: int) -> Job:
+        """The job when it has ended or needs attention, across crashes of the master."""
+        while True:
+            leader = self.leader
+            if leader is not None:
+                job = await leader.engine.wait(number, 1.0)
+                if job.state.ended or job.state is JobState.NEEDS_ATTENTION:
+                    return job
+            else:
+                await asyncio.sleep(0.5)
+
+    async def do(self, operation: str, target: str = "", **request: Any) -> Any:
+        """Submit, wait, and give the result; raises the job's error."""
+        submission = await self.submit(operation, target, **request)
+        assert submission.job is not None
+        job = await self.end_of(submission.job)
+        if job.state is JobState.DONE:
+            await self.settle_reports()
+            return job.result
+        if job.error:
+            raise from_wire(job.error)
+        raise AtollError(f"job {job.number} is {job.state}: {job.reason}")
+
+    async def add_pool(self, name: str = "shared", driver: str = "sharedfile", **options: str) -> None:
+        """A pool in memory."""
+        await self.do("pool.add", name=name, driver=driver, options={"path": f"/box/{name}", "mount": "none", **options})

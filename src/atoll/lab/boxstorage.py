@@ -1,0 +1,167 @@
+"""Storage of a simulated cluster: pools in memory, with the semantics of files on a share. No I/O, so that virtual time stays exact."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from atoll.hypervisor.memory import World
+from atoll.model.errors import Conflict, NotFound, PoolFull, PoolUnavailable, ShrinkRefused
+from atoll.model.messages import PoolRef
+from atoll.storage import registry
+
+#: Called before and after each effect with (node, method, phase); may raise or wait.
+StorageFault = Callable[[str, str, str], Awaitable[None]]
+
+
+class SharedDisks:
+    """What lies on the storage of the whole cluster; survives every crash. Images are keyed by place (pool, or pool and node)."""
+
+    def __init__(self, world: World, capacity: int = 1 << 50) -> None:
+        self.world, self.capacity = world, capacity
+        self.images: dict[str, dict[str, dict[str, Any]]] = {}
+        self.marks: dict[str, str] = {}
+        #: Pools (ids) whose storage is not there.
+        self.lost: set[str] = set()
+        self.fault: StorageFault | None = None
+
+
+class BoxStorage:
+    """A ``StorageAccess`` of one simulated node."""
+
+    def __init__(self, disks: SharedDisks, node: str) -> None:
+        self._disks, self._node = disks, node
+
+    async def pool(self, ref: PoolRef, method: str, deadline: float, **args: Any) -> Any:
+        """See ``StorageAccess``."""
+        await self._point(method, "before")
+        result = getattr(self, "_" + method)(ref, **args)
+        await self._point(method, "after")
+        return result
+
+    async def _point(self, method: str, phase: str) -> None:
+        if self._disks.fault is not None:
+            await self._disks.fault(self._node, method, phase)
+
+    def _place(self, ref: PoolRef) -> dict[str, dict[str, Any]]:
+        key = f"{ref.id}@{ref.node}" if registry.info(ref.driver).node_local else ref.id
+        if ref.id in self._disks.lost:
+            raise PoolUnavailable(f"pool {ref.name} is not mounted on {ref.node}")
+        if key not in self._disks.marks:
+            raise PoolUnavailable(f"pool {ref.name} is not prepared on {ref.node}")
+        return self._disks.images.setdefault(key, {})
+
+    def _prepare(self, ref: PoolRef, create: bool) -> Any:
+        key = f"{ref.id}@{ref.node}" if registry.info(ref.driver).node_local else ref.id
+        if not create and key not in self._disks.marks:
+            raise PoolUnavailable(f"the directory of pool {ref.name} on {ref.node} has no mark")
+        self._disks.marks[key] = ref.id
+        return {"ok": True}
+
+    def _forget(self, ref: PoolRef) -> None:
+        key = f"{ref.id}@{ref.node}" if registry.info(ref.driver).node_local else ref.id
+        self._disks.marks.pop(key, None)
+
+    def _check(self, ref: PoolRef) -> Any:
+        try:
+            self._place(ref)
+        except PoolUnavailable as error:
+            return {"ok": False, "reason": error.message}
+        return {"ok": True}
+
+    def _space(self, ref: PoolRef) -> Any:
+        used = sum(image["size"] for image in self._place(ref).values())
+        return {"total": self._disks.capacity, "free": self._disks.capacity - used}
+
+    def _create(self, ref: PoolRef, spec: dict[str, Any]) -> str:
+        images = self._place(ref)
+        logical_id = f"{spec['name']}.{spec['volume']}.raw"
+        if logical_id in images:
+            if images[logical_id]["size"] != spec["size"]:
+                raise Conflict(f"{logical_id} exists with another size")
+            return logical_id
+        if sum(image["size"] for image in images.values()) + spec["size"] > self._disks.capacity:
+            raise PoolFull(f"pool {ref.name} has no room for {spec['size']} bytes")
+        images[logical_id] = {"size": spec["size"], "volume": spec["volume"]}
+        return logical_id
+
+    def _delete(self, ref: PoolRef, logical_id: str) -> None:
+        self._place(ref).pop(logical_id, None)
+
+    def _grow(self, ref: PoolRef, logical_id: str, size: int) -> int:
+        image = self._find(ref, logical_id)
+        if size < image["size"]:
+            raise ShrinkRefused(f"{logical_id} is larger")
+        image["size"] = size
+        return size
+
+    def _find(self, ref: PoolRef, logical_id: str) -> dict[str, Any]:
+        image = self._place(ref).get(logical_id)
+        if image is None:
+            raise NotFound(f"there is no image {logical_id}")
+        return image
+
+    def _rename(self, ref: PoolRef, logical_id: str, volume: str, name: str) -> str:
+        images = self._place(ref)
+        old = next((k for k, image in images.items() if image["volume"] == volume), None)
+        if old is None:
+            raise NotFound(f"there is no image of {volume}")
+        new = f"{name}.{volume}.raw"
+        images[new] = images.pop(old)
+        return new
+
+    def _stat(self, ref: PoolRef, logical_id: str) -> Any:
+        image = self._place(ref).get(logical_id)
+        return None if image is None else {"logical_id": logical_id, "size": image["size"], "volume": image["volume"]}
+
+    def _volumes(self, ref: PoolRef) -> Any:
+        found = self._place(ref).items()
+        return [{"logical_id": k, "size": i["size"], "volume": i["volume"], "modified": 0.0} for k, i in found]
+
+    def _adopt(self, ref: PoolRef, source: str, volume: str) -> Any:
+        return {"logical_id": source, "size": self._find(ref, source)["size"], "volume": volume}
+
+    def _writers(self, ref: PoolRef, logical_id: str) -> Any:
+        image = self._find(ref, logical_id)
+        if not self._disks.world.locking:
+            return []
+        local = registry.info(ref.driver).node_local
+        return [
+            {"who": f"{guest.spec.name} on {guest.node} (pid {guest.pid})", "node": guest.node}
+            for guest in self._disks.world.guests.values()
+            if guest.active and image["volume"] in guest.disks and (not local or guest.node == ref.node)
+        ]
+
+    def _probe_writers(self, ref: PoolRef, action: str) -> bool:
+        held = self._disks.marks.get(f"probe {ref.id}") is not None
+        if action == "hold":
+            self._disks.marks[f"probe {ref.id}"] = self._node
+            return True
+        if action == "drop":
+            self._disks.marks.pop(f"probe {ref.id}", None)
+            return True
+        return held and self._disks.world.locking
+
+    def _sync(self, ref: PoolRef, logical_id: str, primary: str, secondary: str) -> None:
+        self._find(ref, logical_id)
+
+    def _connection(self, ref: PoolRef, logical_id: str, volume: str, size: int) -> Any:
+        self._find(ref, logical_id)
+        return {"driver": ref.driver, "volume": volume, "size": size, "data": {"logical_id": logical_id}}
+
+    async def connector(self, pool: str, driver: str, method: str, deadline: float, **args: Any) -> Any:
+        """See ``StorageAccess``."""
+        await self._point(f"connector {method}", "before")
+        if method == "attach" and pool in self._disks.lost:
+            raise PoolUnavailable("the pool is not mounted")
+        if method == "attach":
+            volume = args["connection"]["volume"]
+            return {"volume": volume, "path": f"/box/{volume}", "blockdev": {"driver": "file", "filename": f"/box/{volume}"}}
+        return args["connection"]["size"] if method == "resized" else None
+
+    def stalled(self) -> dict[str, str]:
+        """See ``StorageAccess``."""
+        return {}
+
+    async def close(self) -> None:
+        """See ``StorageAccess``."""

@@ -1,0 +1,75 @@
+"""The master as a daemon."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+
+import structlog
+
+from atoll.api.rest.app import create_app
+from atoll.master.admission import Admission
+from atoll.master.leader import MasterLeader
+from atoll.master.setup import store_dir
+from atoll.model.errors import AtollError, InvalidInput
+from atoll.model.objects import Cluster
+from atoll.rpc.https import HttpsTransport
+from atoll.runtime import certs
+from atoll.runtime.clock import SystemClock
+from atoll.runtime.config import Config, load
+from atoll.runtime.httpserver import listening
+from atoll.runtime.logs import configure
+from atoll.runtime.systemd import notify_ready
+from atoll.store.cache import LeaderStore
+from atoll.store.sqlite import SqliteStore
+
+log = structlog.get_logger()
+
+
+async def run(config: Config) -> None:
+    """Lead until SIGTERM or SIGINT, or until deposed."""
+    if not store_dir(config).is_dir():
+        raise InvalidInput("this machine is no master", hint="atoll cluster init NAME")
+    store = await SqliteStore.open(store_dir(config))
+    leading = await LeaderStore.open(store)
+    if leading.get(Cluster, "cluster") is None:
+        await store.close()
+        raise InvalidInput("the cluster was not made completely", hint="atoll cluster init NAME, again")
+    transport = HttpsTransport(lambda: certs.client_context(config.tls_dir))
+    leader = MasterLeader(leading, transport, SystemClock(), admission=Admission.load(config.tls_dir, config.masters))
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await leader.start()
+    async with listening(
+        create_app(leader), socket_path=config.api_socket, host=config.address, port=config.master_port, tls_dir=config.tls_dir
+    ):
+        notify_ready()
+        log.info("master serves", node=config.node, port=config.master_port, term=leading.term)
+        waits = {asyncio.create_task(stop.wait()), asyncio.create_task(leading.deposed_event.wait())}
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for task in waits:
+            task.cancel()
+        await leader.stop()
+    await store.close()
+
+
+def main() -> None:
+    """``atoll-master [--config PATH]``."""
+    parser = argparse.ArgumentParser(prog="atoll-master", description="The master of an Atoll cluster.")
+    parser.add_argument("--config", help="configuration file (default /etc/atoll/atoll.toml)")
+    options = parser.parse_args()
+    try:
+        config = load(options.config)
+        configure(config.log_level)
+        asyncio.run(run(config))
+    except AtollError as error:
+        print(f"Error: {error.message}\nNext: {error.hint}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""The master that leads: one object that the APIs talk to."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Coroutine
+from typing import Any
+
+import structlog
+
+from atoll.api.leader import Caller, Finding, JoinAnswer, Submission
+from atoll.jobs.engine import Engine
+from atoll.master.admission import Admission
+from atoll.master.health import HealthMonitor
+from atoll.master.reconcile import Reconciler
+from atoll.master.verify import Verifier
+from atoll.model.errors import AtollError, NodeAnswers, NotLeader
+from atoll.model.messages import NodeReport, Progress
+from atoll.model.objects import DeathProof, Hold, Job, JobState, Node
+from atoll.operations.all import OPERATIONS
+from atoll.operations.registry import operation as find_operation
+from atoll.operations.state import State
+from atoll.rpc.agents import Agents
+from atoll.rpc.contract import Transport
+from atoll.runtime.clock import Clock
+from atoll.store.cache import LeaderStore
+
+log = structlog.get_logger()
+#: How many ended jobs are kept, and seconds between clean-ups.
+KEEP_JOBS, CLEAN_PERIOD = 10_000, 300.0
+#: Seconds after which a node that keeps its proof of death while it answers is readmitted again.
+READMIT_PAUSE = 5.0
+
+
+class MasterLeader:
+    """One term of leading. ``start`` takes up the jobs; ``stop`` leaves everything as it is for the next."""
+
+    def __init__(
+        self,
+        store: LeaderStore,
+        transport: Transport,
+        clock: Clock,
+        *,
+        admission: Admission | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
+        self.health = HealthMonitor(clock)
+        self._state = State(store, self.health, clock, rng or random.SystemRandom())
+        self.engine = Engine(store, clock, find_operation, self._state)
+        self.agents = Agents(store, transport, self.engine.oldest_job)
+        self._admission = admission
+        self._verifier = Verifier(self._state, self.agents, self.engine)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._readmitted: dict[str, float] = {}
+        self._welcomed: dict[str, float] = {}
+
+    @property
+    def state(self) -> State:
+        """The cluster as it is."""
+        return self._state
+
+    async def start(self, *, loops: bool = True) -> None:
+        """Take up every job, and begin to look after the guests."""
+        assert OPERATIONS
+        await self.engine.start(self.agents)
+        if loops:
+            self._background(Reconciler(self).run())
+            self._background(self._clean())
+        log.info("leading", term=self._state.store.term)
+
+    async def stop(self) -> None:
+        """Stop working. Jobs stay in the store as they are."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        await self.engine.stop()
+        await self.agents.close()
+
+    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.append(asyncio.get_running_loop().create_task(work))
+
+    # --- jobs ---
+
+    async def submit(
+        self, operation: str, target: str, request: dict[str, Any], *, who: Caller, key: str = "", dry_run: bool = False
+    ) -> Submission:
+        """See ``api.leader.Leader``."""
+        self._check_leads()
+        if dry_run:
+            job = self.engine.submitter.prepare(operation, target, request, who=who.name)
+            return Submission(None, job.summary, shared=job.locks.shared, exclusive=job.locks.exclusive)
+        job, repeated = await self.engine.submitter.submit(operation, target, request, who=who.name, key=key)
+        return Submission(job.number, job.summary, repeated, job.locks.shared, job.locks.exclusive)
+
+    async def submit_internal(self, operation: str, target: str) -> int:
+        """A job of the master's own loops."""
+        self._check_leads()
+        job, _ = await self.engine.submitter.submit(operation, target, {}, who="master")
+        return job.number
+
+    def _check_leads(self) -> None:
+        if self._state.store.deposed:
+            raise NotLeader("this master was deposed")
+
+    async def cancel_job(self, job: int) -> None:
+        """See ``api.leader.Leader``."""
+        await self.engine.cancel(job)
+
+    async def resume_job(self, job: int, node_is_dead: str | None = None) -> None:
+        """See ``api.leader.Leader``."""
+        if node_is_dead:
+            node = self._state.store.find(Node, node_is_dead)
+            if self.health.alive(node.id) or await self._answers(node.id):
+                raise NodeAnswers(f"node {node.name} answers; it is not dead")
+            if self._state.store.get(DeathProof, node.id) is None:
+                proof = DeathProof(id=node.id, method="human", who=f"resume of job {job}", at=self._state.clock.now())
+                await self._state.store.write(put=[proof])
+        await self.engine.resume(job)
+
+    async def _answers(self, node: str) -> bool:
+        try:
+            await self.agents.ask(node, "guest.list", deadline=2.0)
+        except AtollError:
+            return False
+        return True
+
+    async def undo_job(self, job: int) -> None:
+        """See ``api.leader.Leader``."""
+        await self.engine.resume(job, undo=True)
+
+    async def wait_job(self, job: int, seconds: float) -> tuple[Job, Progress]:
+        """See ``api.leader.Leader``."""
+        return await self.engine.wait(job, seconds), self.engine.progress(job)
+
+    def job_progress(self, job: int) -> Progress:
+        """See ``api.leader.Leader``."""
+        return self.engine.progress(job)
+
+    async def verify(self) -> list[Finding]:
+        """See ``api.leader.Leader``."""
+        return await self._verifier.look()
+
+    # --- nodes ---
+
+    async def report(self, node: str, report: NodeReport) -> dict[str, Any]:
+        """See ``api.leader.Leader``. A node that was proved dead and answers is readmitted: it first refuses what others may run."""
+        self._check_leads()
+        if not self.health.alive(node):
+            self.agents.forget(node)
+        self.health.hear(node, report)
+        record = self._state.store.require(Node, node)
+        now = self._state.clock.monotonic()
+        busy = self.engine.busy(record.resource)
+        if self._state.proved_dead(node) and not busy and now >= self._readmitted.get(node, 0.0):
+            self._readmitted[node] = now + READMIT_PAUSE
+            await self.submit_internal("node.readmit", node)
+        elif not record.ready and not busy and now >= self._welcomed.get(node, 0.0):
+            self._welcomed[node] = now + READMIT_PAUSE
+            await self.submit_internal("node.welcome", node)
+        return {"term": self._state.store.term}
+
+    async def join_token(self, name: str, group: str | None) -> str:
+        """See ``api.leader.Leader``."""
+        return await self._gate().join_token(self._state, name, group)
+
+    async def api_token(self, name: str, role: str) -> str:
+        """See ``api.leader.Leader``."""
+        return await self._gate().api_token(self._state, name, role)
+
+    async def join(self, token: str, name: str, address: str, port: int, csr: str) -> JoinAnswer:
+        """See ``api.leader.Leader``."""
+        return await self._gate().join(self._state, token, name, address, port, csr)
+
+    def caller_of_token(self, token: str) -> Caller:
+        """See ``api.leader.Leader``."""
+        return self._gate().caller_of_token(self._state, token)
+
+    def node_of_serial(self, serial: str) -> str:
+        """See ``api.leader.Leader``."""
+        return self._gate().node_of_serial(self._state, serial)
+
+    def _gate(self) -> Admission:
+        if self._admission is None:
+            raise NotLeader("this master admits nobody")
+        return self._admission
+
+    # --- housekeeping ---
+
+    async def _clean(self) -> None:
+        """Forget the oldest ended jobs with their journals and keys."""
+        while True:
+            await asyncio.sleep(CLEAN_PERIOD)
+            store = self._state.store
+            ended = [job for job in store.all(Job) if job.state in (JobState.DONE, JobState.UNDONE)]
+            for job in ended[: max(0, len(ended) - KEEP_JOBS)]:
+                await self.engine.forget(job)
+
+    def holds(self) -> list[Hold]:
+        """What jobs that need attention hold."""
+        return self._state.store.all(Hold)

@@ -1,0 +1,71 @@
+"""Making a cluster: its CA, its store and its first node."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+
+from atoll.agent.join import configured
+from atoll.model.errors import AlreadyExists
+from atoll.model.ids import check_name, new_id
+from atoll.model.objects import Cluster, Group, Node
+from atoll.runtime import certs
+from atoll.runtime.config import Config, dump
+from atoll.runtime.files import write_durably
+from atoll.runtime.secrets import SecretBox
+from atoll.store.cache import LeaderStore
+from atoll.store.sqlite import SqliteStore
+
+
+def store_dir(config: Config) -> Path:
+    """Where this master's store is."""
+    return config.state_dir / "store"
+
+
+def init(name: str, node: str, address: str, config: Path, hypervisor: str, overrides: dict[str, str]) -> None:
+    """Make a cluster whose first node and master is this machine. Errors: AlreadyExists, InvalidInput, StoreError.
+
+    Repeating it after a crash in the middle starts over; once the cluster's record is written it refuses.
+    """
+    check_name(name, "cluster name")
+    check_name(node, "node name")
+    settings = configured(config, overrides, node=node, address=address, hypervisor=hypervisor)
+    if not settings.masters:
+        host = f"[{address}]" if ":" in address else address
+        settings = settings.model_copy(update={"masters": (f"https://{host}:{settings.master_port}",)})
+    asyncio.run(_init(name, settings))
+    config.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(config, dump(settings), 0o644)
+
+
+async def _init(name: str, config: Config) -> None:
+    config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    store = await SqliteStore.open(store_dir(config))
+    try:
+        leader = await LeaderStore.open(store)
+        if leader.get(Cluster, "cluster") is not None:
+            raise AlreadyExists(
+                f"this machine is already a master of cluster {leader.require(Cluster, 'cluster').name}", hint="atoll cluster info"
+            )
+        rng = random.SystemRandom()
+        group = Group(id=new_id("group", rng), name="default")
+        ident = new_id("node", rng)
+        ca = certs.create_ca(name)
+        pair = certs.issue(ca, "master", ident, config.node, [config.address])
+        certs.save(config.tls_dir, ca.cert_pem, pair.cert_pem, pair.key_pem)
+        write_durably(config.tls_dir / "ca.key", ca.key_pem, 0o600)
+        SecretBox.load_or_create(config.etc_dir / "master.key")
+        first = Node(
+            id=ident,
+            name=config.node,
+            group=group.id,
+            address=config.address,
+            port=config.agent_port,
+            roles=("master-candidate", "storage-controller", "vm"),
+            certificate_serial=certs.serial(pair.cert_pem),
+        )
+        cluster = Cluster(id="cluster", name=name, ca_fingerprint=certs.fingerprint(ca.cert_pem), hypervisor=config.hypervisor)
+        await leader.write(put=[cluster, group, first])
+    finally:
+        await store.close()
