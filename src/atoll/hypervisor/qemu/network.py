@@ -1,0 +1,52 @@
+"""Tap devices of bridged network cards. Their names follow from the guest, so that they are found again without being remembered."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from atoll.hypervisor.qemu.files import Account
+from atoll.model.messages import GuestSpec
+from atoll.runtime.process import run
+
+_DEADLINE = 10.0
+
+
+def tap_name(node: str, guest: str, index: int) -> str:
+    """At most 15 characters, the kernel's limit."""
+    return f"at{hashlib.sha256(f'{node} {guest}'.encode()).hexdigest()[:10]}.{index}"
+
+
+def names(node: str, spec: GuestSpec) -> list[str | None]:
+    """For each network card its tap; None for one that uses QEMU's own NAT."""
+    return [tap_name(node, spec.instance, index) if nic.mode == "bridged" else None for index, nic in enumerate(spec.nics)]
+
+
+async def make(node: str, spec: GuestSpec, owner: Account | None) -> list[str | None]:
+    """Make the taps, open to the guests' user, on their bridges. There already = success. Errors: HostError (no such bridge)."""
+    taps = names(node, spec)
+    for nic, tap in zip(spec.nics, taps, strict=True):
+        if tap is None:
+            continue
+        if not _exists(tap):
+            user = ["user", owner.name] if owner else []
+            await _ip("tuntap", "add", "dev", tap, "mode", "tap", "vnet_hdr", *user)
+        # High, so that the bridge does not take its own address from a guest that comes and goes.
+        await _ip("link", "set", "dev", tap, "address", f"fe:{nic.mac[3:]}", "master", nic.link, "up")
+    return taps
+
+
+async def remove(node: str, spec: GuestSpec) -> None:
+    """Remove the taps; not there = success."""
+    for tap in names(node, spec):
+        if tap is not None and _exists(tap):
+            await _ip("tuntap", "del", "dev", tap, "mode", "tap")
+
+
+def _exists(tap: str) -> bool:
+    # Of our own network namespace, while /sys may show another one.
+    return any(line.split(":")[0].strip() == tap for line in Path("/proc/net/dev").read_text().splitlines())
+
+
+async def _ip(*words: str) -> None:
+    await run(("ip", *words), deadline=_DEADLINE)
