@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -10,10 +11,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from atoll.lab import find, host, layout, loops, network
+from atoll.lab import find, host, layout, lock, loops, network
 from atoll.lab.lab import Lab, names, remove
 from atoll.lab.lock import lab_lock
 from atoll.lab.sweep import mounts, traces
@@ -118,6 +120,30 @@ def test_down_works_when_every_file_is_lost(place: Path) -> None:
     assert everything(place) == []
 
 
+def test_each_sign_alone_tells_that_there_is_a_lab(place: Path) -> None:
+    lab = Lab.create(NAME, 1)
+    shutil.rmtree(place)
+    for entry in list(network.namespaces(NAME)):
+        network.remove(entry)
+    host.kill_and_wait(lab.node("node1").pid)
+    assert NAME in names(), "by its loop devices"
+    loops.detach(place)
+    assert NAME not in names()
+    network.make_switch(NAME)
+    assert NAME in names(), "by its network"
+    place.mkdir()
+    network.remove(layout.netns_name(NAME, "switch"))
+    assert NAME in names(), "by its directory"
+
+
+def test_a_subnet_is_never_given_twice() -> None:
+    first = network.subnet(NAME, [])
+    second = network.subnet(NAME, [first])
+    assert network.subnet(NAME, []) == first
+    assert len({first, second, network.subnet(NAME, [first, second])}) == 3
+    assert network.subnet("z", ["10.127.255"] + [f"10.127.{n}" for n in range(255)]).startswith("10.")
+
+
 @pytest.mark.slow
 def test_down_after_up_was_killed_at_any_moment(place: Path) -> None:
     left = []
@@ -157,6 +183,24 @@ def test_down_waits_for_another_command_and_then_refuses(place: Path, monkeypatc
         worker.join()
     lab.down()
     assert everything(place) == []
+
+
+def test_a_lock_on_a_removed_file_is_no_lock(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = place.with_name(f".{NAME}.lock")
+    calls: list[int] = []
+
+    def late(handle: int, what: int) -> None:
+        # Whoever held the lock before us removes its file between our opening and locking it.
+        if not calls:
+            path.unlink()
+        calls.append(handle)
+        fcntl.flock(handle, what)
+
+    monkeypatch.setattr(lock, "fcntl", SimpleNamespace(flock=late, LOCK_EX=fcntl.LOCK_EX, LOCK_NB=fcntl.LOCK_NB))
+    with lab_lock(place) as held:
+        assert os.path.samestat(os.fstat(held), path.stat())
+    assert len(calls) == 2
+    assert not path.exists()
 
 
 def test_an_up_that_fails_leaves_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,6 @@ from typing import Self
 
 from atoll.lab import layout, loops, network
 from atoll.lab.base import BaseLab, LabRecord, Say, quiet
-from atoll.lab.host import marked
 from atoll.lab.lock import lab_lock
 from atoll.lab.nodes import Node
 from atoll.lab.pid1.rootfs import SHARED
@@ -118,15 +117,13 @@ def remove(name: str) -> None:
 
 
 def names() -> list[str]:
-    """Every lab of real nodes, those included of which only traces are left."""
+    """Every lab of real nodes, those included of which only traces are left. A node that runs has a loop device."""
     found = {name for name, _ in network.namespaces().values()}
     root = layout.root()
     if root.is_dir():
         found |= {entry.name for entry in root.iterdir() if entry.is_dir() and layout.is_name(entry.name)}
     backings = [backing.removeprefix(f"{root}/") for backing in loops.attached().values() if backing.startswith(f"{root}/")]
     found |= {word for backing in backings if layout.is_name(word := backing.split("/")[0])}
-    if os.geteuid() == 0:
-        found |= {lab for pid, (lab, node) in marked().items() if Node(layout.lab_dir(lab) / "nodes" / node, lab)._is_first(pid)}
     return sorted(found)
 
 

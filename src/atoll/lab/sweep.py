@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import time
 from pathlib import Path
 
 from atoll.lab import loops, network
-from atoll.lab.host import alive, kill_and_wait, marked, marked_by_environment, namespace, processes, run, send
+from atoll.lab.host import alive, kill_and_wait, marked, namespace, processes, run
 from atoll.lab.lock import holder, lab_lock
 from atoll.model.errors import HostError
 
@@ -73,13 +72,9 @@ def _kill_marked(name: str, deadline: float = 30.0) -> None:
     end = time.monotonic() + deadline
     while time.monotonic() < end:
         known = [pid for pid in marked(name) if alive(pid)]
-        # Plain processes have no namespace that ends with the first of them; and the first would start their services again.
         for pid in known:
-            send(pid, signal.SIGSTOP)
-        followers = [pid for pid in marked_by_environment(name) if pid != os.getpid() and pid not in known and alive(pid)]
-        for pid in known + followers:
             kill_and_wait(pid)
-        if not known and not followers:
+        if not known:
             return
     raise HostError(f"processes of the lab {name} come back", hint=f"atoll lab down {name}")
 
