@@ -22,7 +22,7 @@ from atoll.model.errors import InvalidInput, Unauthenticated, Unreachable
 from atoll.runtime.files import write_durably
 
 Role = Literal["master", "node"]
-_URI = re.compile(r"^atoll://(master|node)/([A-Za-z0-9._-]+)$")
+_URI = re.compile(r"atoll://(master|node)/([A-Za-z0-9._-]+)")
 #: Clocks of two nodes may differ by so much.
 _SKEW = datetime.timedelta(hours=1)
 
@@ -130,7 +130,7 @@ def identity(peercert: Mapping[str, Any] | None) -> Identity | None:
         return None
     uris = [value for kind, value in peercert.get("subjectAltName", ()) if kind == "URI"]
     names = [value for part in peercert.get("subject", ()) for key, value in part if key == "commonName"]
-    found = _URI.match(uris[0]) if len(uris) == 1 else None
+    found = _URI.fullmatch(uris[0]) if len(uris) == 1 else None
     if found is None or len(names) != 1:
         return None
     return Identity(cast(Role, found[1]), found[2], names[0], f"{int(peercert['serialNumber'], 16):x}")
@@ -207,7 +207,7 @@ def _chain(connection: Any) -> list[bytes]:
 
 def _sign(ca: KeyPair, key: ec.EllipticCurvePublicKey, role: Role, ident: str, name: str, addresses: Iterable[str], days: int) -> str:
     uri = f"atoll://{role}/{ident}"
-    if not _URI.match(uri):
+    if not _URI.fullmatch(uri):
         raise InvalidInput(f"{uri} is not a role and an id", hint="")
     issuer, issuer_key = _load(ca.cert_pem), _load_key(ca.key_pem)
     local = ["localhost", "127.0.0.1"] if role == "master" else []

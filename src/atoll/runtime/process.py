@@ -31,9 +31,7 @@ class _Watcher(asyncio.SubprocessProtocol):
     """Collects output, and tells of the exit itself: a daemon left behind may keep the pipes open for ever."""
 
     def __init__(self) -> None:
-        loop = asyncio.get_running_loop()
-        self.exited: asyncio.Future[None] = loop.create_future()
-        self.drained: asyncio.Future[None] = loop.create_future()
+        self.exited, self.drained = asyncio.Event(), asyncio.Event()
         self.stdout, self.stderr = bytearray(), bytearray()
         self.truncated = False
         self._open = {1, 2}
@@ -49,12 +47,11 @@ class _Watcher(asyncio.SubprocessProtocol):
 
     def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
         self._open.discard(fd)
-        if not self._open and not self.drained.done():
-            self.drained.set_result(None)
+        if not self._open:
+            self.drained.set()
 
     def process_exited(self) -> None:
-        if not self.exited.done():
-            self.exited.set_result(None)
+        self.exited.set()
 
 
 async def run(
@@ -94,13 +91,13 @@ async def run(
             stdin.close()
         try:
             async with asyncio.timeout(deadline):
-                await watcher.exited
+                await watcher.exited.wait()
         except BaseException as error:
             await _kill_group(transport.get_pid(), watcher)
             if isinstance(error, TimeoutError):
                 raise DeadlineExceeded(f"{_shown(argv)} did not end within {deadline:g} s and was killed{_tail(watcher.stderr)}") from None
             raise
-        await asyncio.wait({watcher.drained}, timeout=GRACE)
+        await _within_grace(watcher.drained)
         rc = transport.get_returncode()
     finally:
         transport.close()
@@ -115,13 +112,21 @@ async def run(
 
 async def _kill_group(pid: int, watcher: _Watcher) -> None:
     # Only while its leader is not reaped is the group surely ours; asyncio reaps it just before it tells of the exit.
-    if not watcher.exited.done():
+    if not watcher.exited.is_set():
         try:
             os.killpg(pid, signal.SIGKILL)
         except ProcessLookupError:
             return
         # A process in D state does not die: it is left behind rather than waited for.
-        await asyncio.wait({watcher.exited}, timeout=GRACE)
+        await _within_grace(watcher.exited)
+
+
+async def _within_grace(event: asyncio.Event) -> None:
+    try:
+        async with asyncio.timeout(GRACE):
+            await event.wait()
+    except TimeoutError:
+        pass
 
 
 def _shown(argv: Sequence[str]) -> str:
