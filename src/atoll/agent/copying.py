@@ -52,7 +52,9 @@ class CopyOrders:
 
     async def push(self, args: dict[str, Any], report: Report) -> Any:
         """Copy the image into the peer's; it is durable there when this returns."""
-        await copy.push(await self._path(args), args["host"], args["port"], args["server"], self._tls_dir, report)
+        await copy.push(
+            await self._path(args), args["host"], args["port"], args["server"], self._tls_dir, report, self._dir(args["volume"])
+        )
 
     async def unpush(self, args: dict[str, Any], report: Report) -> Any:
         """Nothing stays of a push that was broken off: its process ends with the order."""

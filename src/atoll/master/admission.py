@@ -90,7 +90,7 @@ class Admission:
             raise InvalidInput(f"there is no role {role!r}", hint="roles: admin, operator, reader")
         secret = new_token()
         await state.store.write(
-            put=[Token(id=digest(secret)[:32], purpose="api", digest=digest(secret), name=name, role=role)]  # type: ignore[arg-type]
+            put=[Token(id=digest(secret)[:32], purpose="api", digest=digest(secret), name=name, role=role)]
         )
         return secret
 

@@ -1,6 +1,7 @@
 """What the driver can: data only."""
 
-from atoll.storage.contract import DriverInfo, Mirroring, Option
+from atoll.storage.contract import DriverInfo, Mirroring
+from atoll.storage.files.options import OPTIONS
 
 INFO = DriverInfo(
     name="fakemirror",
@@ -10,19 +11,5 @@ INFO = DriverInfo(
     space="per-node",
     adoption="may",
     rename="offline",
-    options=(
-        Option(name="path", description="directory that holds the images", required=True),
-        Option(
-            name="mount",
-            description="mount point that the directory must lie on; nothing is ever written while it is not mounted",
-            default="auto",
-        ),
-        Option(name="preallocation", description="reserve the space of new images", default="off", choices=("off", "falloc", "full")),
-        Option(
-            name="locking",
-            description="take file locks on open images; 'off' for file systems that cannot (writers becomes none)",
-            default="on",
-            choices=("on", "off"),
-        ),
-    ),
+    options=OPTIONS,
 )

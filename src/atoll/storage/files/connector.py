@@ -1,0 +1,57 @@
+"""The node half of drivers that keep images as files: nothing is mapped or mounted, so nothing stays attached."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+from atoll.model.errors import InvalidInput
+from atoll.model.messages import Attached, Connection, PoolRef
+from atoll.storage import registry
+from atoll.storage.files import images
+from atoll.storage.files.directory import Directory
+
+
+class FileConnector:
+    """See ``Connector``."""
+
+    def _directory(self, connection: Connection) -> Directory:
+        ref = PoolRef(**connection.data["pool"])
+        moved = ref.model_copy(update={"options": {**ref.options, "path": connection.data["directory"]}})
+        return Directory(moved, shared=not registry.info(ref.driver).node_local)
+
+    def attach(self, connection: Connection, access: Literal["kernelspace", "userspace"]) -> Attached:
+        """See ``Connector``. The pool's mark is checked: a guest never opens a file in a bare mount point."""
+        directory, logical_id = self._directory(connection), connection.data["logical_id"]
+        with directory.open() as fd, images.opened(fd, logical_id, os.O_RDWR):
+            direct = self._can_direct(fd, logical_id)
+        path = f"{directory.path}/{logical_id}"
+        blockdev = {
+            "driver": "file",
+            "filename": path,
+            "locking": "on" if connection.data["locking"] else "off",
+            "aio": "threads",
+            "discard": "unmap",
+            "cache": {"direct": direct, "no-flush": False},
+        }
+        return Attached(volume=connection.volume, path=path, blockdev=blockdev)
+
+    def _can_direct(self, directory: int, logical_id: str) -> bool:
+        """Not every file system has O_DIRECT (tmpfs has not)."""
+        try:
+            with images.opened(directory, logical_id, os.O_RDWR | os.O_DIRECT):
+                return True
+        except (OSError, InvalidInput):
+            return False
+
+    def detach(self, connection: Connection) -> None:
+        """See ``Connector``. Nothing is attached but what the hypervisor has open."""
+
+    def resized(self, connection: Connection) -> int:
+        """See ``Connector``."""
+        with self._directory(connection).open() as fd, images.opened(fd, connection.data["logical_id"]) as image:
+            return os.fstat(image).st_size
+
+    def attached(self) -> list[str]:
+        """See ``Connector``."""
+        return []

@@ -1,0 +1,135 @@
+"""The pool half of every driver that keeps images as files. Drivers compose it; none inherits from another driver."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+from atoll.model.errors import AtollError, NotSupported
+from atoll.model.messages import Connection, PoolRef, PoolStatus, Space, VolumeStat, Writer
+from atoll.storage.contract import VolumeSpec
+from atoll.storage.files import images, locks
+from atoll.storage.files.directory import Directory, mount_of
+
+_PROBE = ".atoll-probe"
+#: Probe locks that this process holds: pool and directory -> descriptor.
+_held: dict[str, int] = {}
+
+
+class FilePool:
+    """A directory of images. ``shared``: all nodes see the same directory. ``sub``: this node's part of it."""
+
+    def __init__(self, ref: PoolRef, *, shared: bool, sub: str = "") -> None:
+        self.ref = ref
+        self.directory = Directory(ref, shared=shared, sub=sub)
+        self._preallocation = ref.options.get("preallocation", "off")
+        self._locking = ref.options.get("locking", "on") == "on"
+        self._owner = os.environ.get("ATOLL_GUEST_USER", "")
+
+    def prepare(self, *, create: bool) -> PoolStatus:
+        """See ``PoolDriver``."""
+        with self.directory.open(unmarked=True) as fd:
+            if create:
+                self.directory.mark(fd)
+            else:
+                self.directory.check_mark(fd)
+        return self.check()
+
+    def forget(self) -> None:
+        """See ``PoolDriver``."""
+        with self.directory.open(unmarked=True) as fd:
+            self.directory.unmark(fd)
+
+    def check(self) -> PoolStatus:
+        """See ``PoolDriver``."""
+        try:
+            with self.directory.open() as fd:
+                mount = mount_of(fd)
+                details = {"mount": mount.point, "file system": mount.fstype}
+            return PoolStatus(ok=True, space=self.space(), details=details)
+        except AtollError as error:
+            return PoolStatus(ok=False, reason=error.message)
+
+    def space(self) -> Space:
+        """See ``PoolDriver``."""
+        with self.directory.open() as fd:
+            found = os.fstatvfs(fd)
+            return Space(total=found.f_blocks * found.f_frsize, free=found.f_bavail * found.f_frsize)
+
+    def create(self, spec: VolumeSpec) -> str:
+        """See ``PoolDriver``."""
+        preallocation = spec.options.get("preallocation", self._preallocation)
+        with self.directory.open() as fd:
+            return images.create(fd, spec.name, spec.volume, spec.size, preallocation, self._owner)
+
+    def delete(self, logical_id: str) -> None:
+        """See ``PoolDriver``."""
+        with self.directory.open() as fd:
+            images.delete(fd, logical_id)
+
+    def grow(self, logical_id: str, size: int) -> int:
+        """See ``PoolDriver``."""
+        with self.directory.open() as fd:
+            return images.grow(fd, logical_id, size, self._preallocation)
+
+    def rename(self, logical_id: str, volume: str, name: str) -> str:
+        """See ``PoolDriver``."""
+        with self.directory.open() as fd:
+            return images.rename(fd, volume, name)
+
+    def stat(self, logical_id: str) -> VolumeStat | None:
+        """See ``PoolDriver``."""
+        with self.directory.open() as fd:
+            return images.describe(fd, logical_id)
+
+    def volumes(self) -> list[VolumeStat]:
+        """See ``PoolDriver``."""
+        with self.directory.open() as fd:
+            return images.everything(fd)
+
+    def adopt(self, source: str, volume: str) -> VolumeStat:
+        """See ``PoolDriver``. The image stays where it is and keeps its name."""
+        with self.directory.open() as fd:
+            return images.adopt(fd, source)
+
+    def writers(self, logical_id: str) -> list[Writer]:
+        """See ``PoolDriver``."""
+        if not self._locking:
+            return []
+        with self.directory.open() as fd:
+            return images.writers(fd, logical_id)
+
+    def probe_writers(self, action: Literal["hold", "look", "drop"]) -> bool:
+        """See ``PoolDriver``."""
+        key = f"{self.ref.id} {self.directory.path}"
+        if action == "drop":
+            if key in _held:
+                os.close(_held.pop(key))
+            return True
+        if not self._locking:
+            return False
+        with self.directory.open() as directory:
+            fd = os.open(_PROBE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory)
+            if action == "look":
+                try:
+                    return locks.writer_seen(fd)
+                finally:
+                    os.close(fd)
+            if key in _held:
+                os.close(_held.pop(key))
+            _held[key] = fd
+            return locks.lock_for_writing(fd)
+
+    def connection(self, logical_id: str, volume: str, size: int) -> Connection:
+        """See ``PoolDriver``."""
+        data = {
+            "pool": self.ref.model_dump(mode="json"),
+            "directory": self.directory.path,
+            "logical_id": images.check_plain(logical_id),
+            "locking": self._locking,
+        }
+        return Connection(driver=self.ref.driver, volume=volume, size=size, data=data)
+
+    def sync(self, logical_id: str, primary: str, secondary: str) -> None:
+        """See ``PoolDriver``."""
+        raise NotSupported(f"driver {self.ref.driver} keeps no second copy")
