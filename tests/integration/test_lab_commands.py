@@ -70,8 +70,11 @@ def test_up_status_power_down(options: list[str]) -> None:
 
 @pytest.mark.root
 @pytest.mark.skipif(os.geteuid() != 0, reason="namespaces, mounts and loop devices need root")
-def test_cut_heal_and_a_terminal() -> None:
-    call("up", "--name", NAME, "--nodes", "1", "--no-cluster", "--shared-size", "1G")
+def test_cut_heal_and_a_terminal(tmp_path: Path) -> None:
+    (tmp_path / "seen").mkdir()
+    call("up", "--name", NAME, "--nodes", "1", "--no-cluster", "--shared-size", "1G", "--bind", str(tmp_path / "seen"))
+    assert enter("exec", "-L", NAME, "node1", "--", "test", "-d", str(tmp_path / "seen")).returncode == 0
+    assert enter("exec", "-L", NAME, "node1", "--", "test", "-d", str(tmp_path / "labs")).returncode == 1
     assert call("cut", "-L", NAME, "node1").output == "node1 is cut off\n"
     assert json.loads(call("status", NAME, "--format", "json").output)["nodes"][0]["connected"] is False
     assert call("heal", "-L", NAME, "node1").output == "node1 is connected\n"

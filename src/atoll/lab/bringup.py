@@ -146,9 +146,12 @@ def _poll(node: AnyNode, condition: Callable[[list[dict[str, Any]]], bool], dead
                 raise HostError(f"'atoll node list --format json' did not print JSON: {said[:200]}") from None
             if condition(rows):
                 return
+            said = ", ".join(f"{row.get('name')} is {'alive' if row.get('alive') else 'silent'}" for row in rows)
         if time.monotonic() > end:
             log = _tail(node.log_dir / f"{service}.log")
-            raise DeadlineExceeded(f"after {deadline:.0f} s still not: {what}; last answer: {said[-300:]}{log}", hint="atoll lab status")
+            raise DeadlineExceeded(
+                f"after {deadline:.0f} s still not: {what}; the master says: {said[-300:]}{log}", hint="atoll lab status"
+            )
         time.sleep(0.1)
 
 

@@ -34,8 +34,13 @@ def lab() -> None:
 @click.option("--shared-size", default="8G", show_default=True, help="Size of the shared storage; files are sparse.")
 @click.option("--hypervisor", type=click.Choice(["qemu", "fake"]), default="qemu", show_default=True)
 @click.option("--rootless", is_flag=True, help="Plain processes instead of namespaces: no network to cut, no power cut that loses data.")
+@click.option(
+    "--bind", "binds", multiple=True, metavar="DIR", help="A directory below /tmp or /var/tmp that nodes are to see; may be repeated."
+)
 @click.option("--no-cluster", is_flag=True, help="Only nodes, without Atoll on them.")
-def up(nodes: int, name: str, disks: int, shared_size: str, hypervisor: str, rootless: bool, no_cluster: bool) -> None:
+def up(
+    nodes: int, name: str, disks: int, shared_size: str, hypervisor: str, rootless: bool, binds: tuple[str, ...], no_cluster: bool
+) -> None:
     """Make a lab and a cluster in it."""
     from atoll.lab.lab import Lab
     from atoll.lab.process import ProcessLab
@@ -54,7 +59,9 @@ def up(nodes: int, name: str, disks: int, shared_size: str, hypervisor: str, roo
     if rootless:
         made = ProcessLab.create(name, nodes, say=say)
     else:
-        made = Lab.create(name, nodes, disks=disks, shared_size=parse_size(shared_size), say=say)
+        made = Lab.create(
+            name, nodes, disks=disks, shared_size=parse_size(shared_size), binds=[os.path.abspath(path) for path in binds], say=say
+        )
     if not no_cluster:
         from atoll.lab.bringup import make_cluster
 
