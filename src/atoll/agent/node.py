@@ -35,8 +35,8 @@ class Agent:
             **(more or {}),
         }
         self.hypervisor, self.storage, self.memory = hypervisor, storage, memory
-        self.service = Service(node, memory, handlers)
         self.reporter = Reporter(node, hypervisor, memory, storage)
+        self.service = Service(node, memory, handlers, self.reporter.news)
 
     async def close(self) -> None:
         """End the agent; guests go on."""

@@ -38,6 +38,11 @@ class Reporter:
         self._node, self._hypervisor, self._memory, self._storage = node, hypervisor, remembered, storage
         self._accelerator = ""
         self._boot_id = ""
+        self._news = asyncio.Event()
+
+    def news(self) -> None:
+        """Something changed here: report at once."""
+        self._news.set()
 
     async def make(self) -> NodeReport:
         """One report."""
@@ -64,13 +69,17 @@ class Reporter:
         async with aiohttp.ClientSession(connector=connector) as session:
             silent: set[str] = set()
             while True:
+                self._news.clear()
                 try:
                     body = (await self.make()).model_dump_json()
                     for url in config.masters:
                         await self._post(session, url, body, silent)
                 except AtollError as error:
                     log.warning("no report", error=error.message)
-                await asyncio.sleep(config.heartbeat)
+                try:
+                    await asyncio.wait_for(self._news.wait(), config.heartbeat)
+                except TimeoutError:
+                    continue
 
     async def _post(self, session: aiohttp.ClientSession, url: str, body: str, silent: set[str]) -> None:
         try:

@@ -32,10 +32,10 @@ class _Running:
 
 
 class Service:
-    """Dispatches orders to handlers. ``handlers`` maps a method's name to what does it."""
+    """Dispatches orders to handlers. ``handlers`` maps a method's name to what does it; ``news`` is called after each step."""
 
-    def __init__(self, node: str, memory: Memory, handlers: dict[str, Handler]) -> None:
-        self.node, self.memory = node, memory
+    def __init__(self, node: str, memory: Memory, handlers: dict[str, Handler], news: Callable[[], None] = lambda: None) -> None:
+        self.node, self.memory, self._news = node, memory, news
         self._handlers = handlers
         self._running: dict[tuple[int, str], _Running] = {}
         self._stopped = False
@@ -87,6 +87,7 @@ class Service:
             result = await handler(call.args, running.report)
             await faults.point(f"agent:{call.method}:after")
             self.memory.set_step(*name, "done", result)
+            self._news()
             return result
         except AtollError:
             if not self._stopped:

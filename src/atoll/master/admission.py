@@ -89,9 +89,7 @@ class Admission:
         if role not in ("admin", "operator", "reader"):
             raise InvalidInput(f"there is no role {role!r}", hint="roles: admin, operator, reader")
         secret = new_token()
-        await state.store.write(
-            put=[Token(id=digest(secret)[:32], purpose="api", digest=digest(secret), name=name, role=role)]
-        )
+        await state.store.write(put=[Token(id=digest(secret)[:32], purpose="api", digest=digest(secret), name=name, role=role)])
         return secret
 
     def caller_of_token(self, state: State, token: str) -> Caller:

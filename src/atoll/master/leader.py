@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from typing import Any
 
 import structlog
@@ -14,10 +14,11 @@ from atoll.jobs.engine import Engine
 from atoll.master.admission import Admission
 from atoll.master.health import HealthMonitor
 from atoll.master.reconcile import Reconciler
+from atoll.master.spaces import SpaceMonitor
 from atoll.master.verify import Verifier
 from atoll.model.errors import AtollError, NodeAnswers, NotLeader
-from atoll.model.messages import NodeReport, Progress
-from atoll.model.objects import DeathProof, Hold, Job, JobState, Node
+from atoll.model.messages import NodeReport, Progress, Space
+from atoll.model.objects import DeathProof, Hold, Job, JobState, Node, Pool, Stored, Volume
 from atoll.operations.all import OPERATIONS
 from atoll.operations.registry import operation as find_operation
 from atoll.operations.state import State
@@ -50,6 +51,7 @@ class MasterLeader:
         self.engine = Engine(store, clock, find_operation, self._state)
         self.agents = Agents(store, transport, self.engine.oldest_job)
         self._admission = admission
+        self._spaces = SpaceMonitor(self._state, self.agents)
         self._verifier = Verifier(self._state, self.agents, self.engine)
         self._tasks: list[asyncio.Task[None]] = []
         self._readmitted: dict[str, float] = {}
@@ -67,6 +69,8 @@ class MasterLeader:
         if loops:
             self._background(Reconciler(self).run())
             self._background(self._clean())
+            self._background(self._spaces.run())
+            self._state.store.listeners.append(self._noticed)
         log.info("leading", term=self._state.store.term)
 
     async def stop(self) -> None:
@@ -196,6 +200,14 @@ class MasterLeader:
             ended = [job for job in store.all(Job) if job.state in (JobState.DONE, JobState.UNDONE)]
             for job in ended[: max(0, len(ended) - KEEP_JOBS)]:
                 await self.engine.forget(job)
+
+    def spaces(self) -> Mapping[tuple[str, str], Space]:
+        """The newest known space of pools; see ``SpaceMonitor``."""
+        return self._spaces.known()
+
+    def _noticed(self, before: Stored | None, after: Stored | None) -> None:
+        if isinstance(after or before, (Pool, Volume)):
+            self._spaces.look_soon()
 
     def holds(self) -> list[Hold]:
         """What jobs that need attention hold."""

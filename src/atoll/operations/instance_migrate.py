@@ -102,6 +102,7 @@ async def migrate(
         {"spec": spec, "disks": disks, "copy": copy or [], "peer": plan["source_name"]},
         undo=Undo("guest.stop", {"instance": instance, "generation": generation, "grace": 0.0}, node=target, dies=True),
         deadline=60.0,
+        span=(3.0, 8.0),
     )
     await job.call(
         "move the memory",
@@ -123,7 +124,7 @@ async def _settle(job: JobContext, instance: str, plan: dict[str, Any], spec: di
     figures: dict[str, Any] = {}
     if not job.journaled("verdict"):
         try:
-            figures = await job.call("go on to completed", source, "guest.migrate_continue", {"instance": instance}, deadline=60.0)
+            figures = await job.call("go on to completed", source, "guest.migrate_continue", {"instance": instance}, deadline=60.0, span=(92.0, 97.0))
             verdict = "target"
         except AtollError:
             verdict = await _look(job, instance, plan)

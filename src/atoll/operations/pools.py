@@ -27,7 +27,7 @@ def check_options(driver: DriverInfo, given: dict[str, str], defaults: dict[str,
     result = {**{n: o.default for n, o in known.items() if o.default}, **defaults, **given}
     for name, option in known.items():
         if option.required and not result.get(name):
-            raise InvalidInput(f"driver {driver.name} needs the option {name}: {option.description}", hint=f"--set {name}=...")
+            raise InvalidInput(f"driver {driver.name} needs the option {name}: {option.description}", hint=f"-O {name}=VALUE")
         if option.choices and result.get(name) and result[name] not in option.choices:
             raise InvalidInput(f"option {name} is one of {', '.join(option.choices)}, not {result[name]!r}")
     return result
