@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from atoll.cli import work
+from atoll.cli import tags, work
 from atoll.cli.client import Client
 from atoll.cli.lazy import OrderedGroup
 from atoll.cli.options import format_option, job_options, pairs, split_words
@@ -70,12 +70,10 @@ def verify(ctx: click.Context, format: str) -> None:
 
 
 def _tell(findings: list[dict[str, Any]]) -> None:
-    import time
-
     colors = {"error": "red", "warning": "yellow"}
     for finding in findings:
         head = click.style(finding["severity"], fg=colors.get(finding["severity"]), bold=True)
-        age = f" (for {duration(time.time() - finding['since'])})" if finding["since"] else ""
+        age = f" (for {duration(finding['since'])})" if finding["since"] is not None else ""
         click.echo(f"{head}: {finding['about']}: {finding['what']}{age}")
         if finding["why"]:
             click.echo(f"  {finding['why']}")
@@ -87,17 +85,18 @@ def _tell(findings: list[dict[str, Any]]) -> None:
 
 @cluster.command()
 @click.option("--hypervisor", type=click.Choice(["qemu", "fake"]), help="For new instances.")
-@click.option("-D", "--driver-option", "driver_options", multiple=True, metavar="DRIVER:KEY=VALUE,...", help="Defaults of new pools.")
+@click.option("-D", "--driver-option", "texts", multiple=True, metavar="DRIVER:KEY=VALUE,...", help="Defaults of new pools.")
 @job_options
-def modify(hypervisor: str | None, driver_options: tuple[str, ...], **options: Any) -> None:
+def modify(hypervisor: str | None, texts: tuple[str, ...], **options: Any) -> None:
     """Change the cluster's defaults."""
     body: dict[str, Any] = {"hypervisor": hypervisor}
-    if driver_options:
-        body["driver_options"] = _driver_options(driver_options)
+    if texts:
+        body["driver_options"] = driver_options(texts)
     work.run("cluster", "modify", body=body, **options)
 
 
-def _driver_options(texts: tuple[str, ...]) -> dict[str, dict[str, str]]:
+def driver_options(texts: tuple[str, ...]) -> dict[str, dict[str, str]]:
+    """``DRIVER:KEY=VALUE,...``, repeated, as driver -> option -> value."""
     found: dict[str, dict[str, str]] = {}
     for text in texts:
         driver, colon, rest = text.partition(":")
@@ -119,3 +118,6 @@ def token(name: str, role: str, format: str) -> None:
         return
     click.echo(made["token"])
     click.echo("Next: keep it in a file with mode 600 and set ATOLL_TOKEN_FILE", err=True)
+
+
+tags.ours(cluster, "cluster")

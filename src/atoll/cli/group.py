@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from atoll.cli import work
+from atoll.cli import tags, work
 from atoll.cli.lazy import OrderedGroup
 from atoll.cli.options import complete, job_options, pairs, target
 from atoll.cli.reads import info_command, list_command
@@ -81,3 +81,6 @@ def assign_nodes(target: str, nodes: tuple[str, ...], **options: Any) -> None:
 def remove(target: str, **options: Any) -> None:
     """Remove a group that has no nodes."""
     work.run("group", "remove", target, {}, **options)
+
+
+tags.ours(group, "group")

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from atoll.cli import disks, movement, work
+from atoll.cli import tags as tagging
 from atoll.cli.lazy import OrderedGroup
 from atoll.cli.options import (
     backend,
@@ -186,22 +187,7 @@ def rename(target: str, new_name: str, **options: Any) -> None:
     work.run("instance", "rename", target, {"new_name": new_name}, **options)
 
 
-@instance.command()
-@target("instance")
-@click.argument("tags", nargs=-1, required=True)
-@job_options
-def tag(target: str, tags: tuple[str, ...], **options: Any) -> None:
-    """Add tags."""
-    work.run("instance", "tags", target, {"add": list(tags)}, **options)
-
-
-@instance.command()
-@target("instance")
-@click.argument("tags", nargs=-1, required=True)
-@job_options
-def untag(target: str, tags: tuple[str, ...], **options: Any) -> None:
-    """Take tags away."""
-    work.run("instance", "tags", target, {"remove": list(tags)}, **options)
+tagging.ours(instance, "instance")
 
 
 @instance.command()

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from atoll.cli import settings, work
+from atoll.cli import settings, tags, work
 from atoll.cli.client import Client
 from atoll.cli.cluster import config_option, set_option
 from atoll.cli.lazy import OrderedGroup
@@ -183,3 +183,6 @@ def remove(target: str, force: bool, **options: Any) -> None:
     """Take a node out of the cluster for good; its certificate is refused from then on."""
     confirm(f"Remove the node {target} from the cluster?", force or options["dry_run"])
     work.run("node", "remove", target, {}, **options)
+
+
+tags.ours(node, "node")

@@ -81,7 +81,7 @@ class Table:
 
 
 _SIZES = {"size", "memory", "promised", "total", "free", "disk_size", "memory_total", "memory_free", "disk_total", "disk_free", "allocated"}
-_TIMES = {"created", "started", "ended", "at", "since"}
+_TIMES = {"created", "started", "ended", "at"}
 _AGES = {"age", "last_seen", "deadline"}
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from atoll.cli import work
+from atoll.cli import tags, work
 from atoll.cli.lazy import OrderedGroup
 from atoll.cli.options import complete, confirm, force_option, job_options, pairs, target
 from atoll.cli.reads import info_command, list_command
@@ -83,3 +83,6 @@ def remove(target: str, force: bool, **options: Any) -> None:
     """Remove a pool without volumes; files that are not Atoll's stay."""
     confirm(f"Remove the pool {target}?", force or options["dry_run"])
     work.run("pool", "remove", target, {}, **options)
+
+
+tags.ours(pool, "pool")

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from atoll.cli import tags as tagging
 from atoll.cli import work
 from atoll.cli.lazy import OrderedGroup
 from atoll.cli.options import complete, confirm, force_option, job_options, on_node, pairs, target
@@ -78,22 +79,7 @@ def rename(target: str, new_name: str, **options: Any) -> None:
     work.run("volume", "rename", target, {"new_name": new_name}, **options)
 
 
-@volume.command()
-@target("volume")
-@click.argument("tags", nargs=-1, required=True)
-@job_options
-def tag(target: str, tags: tuple[str, ...], **options: Any) -> None:
-    """Add tags."""
-    work.run("volume", "tags", target, {"add": list(tags)}, **options)
-
-
-@volume.command()
-@target("volume")
-@click.argument("tags", nargs=-1, required=True)
-@job_options
-def untag(target: str, tags: tuple[str, ...], **options: Any) -> None:
-    """Take tags away."""
-    work.run("volume", "tags", target, {"remove": list(tags)}, **options)
+tagging.ours(volume, "volume")
 
 
 @volume.command()

@@ -69,14 +69,16 @@ def group(item: Group, index: Index) -> Row:
 
 
 def node_state(item: Node, index: Index) -> str:
-    """One word: dead-proved, offline, unreachable, drained or ok."""
+    """One word: dead-proved, offline, unreachable, drained, joining (its pools are being prepared) or ok."""
     if index.state.proved_dead(item.id):
         return "dead-proved"
     if item.offline:
         return "offline"
     if not index.alive[item.id]:
         return "unreachable"
-    return "drained" if item.drained else "ok"
+    if item.drained:
+        return "drained"
+    return "ok" if item.ready else "joining"
 
 
 def node(item: Node, index: Index) -> Row:
@@ -90,6 +92,7 @@ def node(item: Node, index: Index) -> Row:
         "group": index.groups[item.group].name if item.group in index.groups else item.group,
         "state": node_state(item, index),
         "alive": index.alive[item.id],
+        "ready": item.ready,
         "last_seen": index.state.health.since(item.id),
         "memory_total": report.memory_total if report else None,
         "memory_free": report.memory_free if report else None,

@@ -67,7 +67,7 @@ async def read(request: Request, *, optional: bool = True) -> dict[str, Any]:
     if not raw.strip() and optional:
         return {}
     try:
-        data = json.loads(raw, parse_constant=_no_constant)
+        data = json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
     except UnicodeDecodeError:
         raise MalformedRequest("the request body is not UTF-8") from None
     except RecursionError:

@@ -1,0 +1,311 @@
+"""Every command that changes something: what it sends, checked against the operations' own request models."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+from rest_fakes import FakeLeader, fake_leader, served
+
+from atoll.cli import ganeti
+from atoll.cli.main import GROUPS, atoll
+from atoll.model.errors import AtollError
+from atoll.model.units import GIB, MIB
+from atoll.operations.all import OPERATIONS
+
+Sent = tuple[str, str, dict[str, Any]]
+
+
+class Cli:
+    """The served leader; a call runs a command in a thread, and gives what was submitted."""
+
+    def __init__(self, leader: FakeLeader) -> None:
+        self.leader = leader
+
+    async def invoke(self, line: list[str], input: str = "") -> Any:
+        root: click.Command = atoll
+        if line[0].startswith("gnt-"):
+            root, line = ganeti.PROGRAMS[line[0].removeprefix("gnt-")](), line[1:]
+        elif line[0] == "atoll":
+            line = line[1:]
+        return await asyncio.to_thread(CliRunner().invoke, root, line, input=input)
+
+    async def sent(self, line: str) -> list[Sent]:
+        before = len(self.leader.asked)
+        result = await self.invoke(line.split())
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        found = []
+        for operation, target, request, _, key in self.leader.asked[before:]:
+            assert len(key) >= 32
+            defaults = _defaults(OPERATIONS[operation].request)
+            found.append((operation, target, {k: v for k, v in request.items() if k not in defaults or v != defaults[k]}))
+        return found
+
+
+def _defaults(model: Any) -> dict[str, Any]:
+    return {name: info.get_default(call_default_factory=True) for name, info in model.model_fields.items() if not info.is_required()}
+
+
+@pytest.fixture
+async def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Cli]:
+    for name in [name for name in os.environ if name.startswith("ATOLL_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("ATOLL_CONFIG", "/nonexistent/atoll.toml")
+    leader = await fake_leader()
+    async with served(leader, tmp_path) as (path, _):
+        monkeypatch.setenv("ATOLL_SOCKET", path)
+        yield Cli(leader)
+
+
+CASES: list[tuple[str, Sent]] = [
+    (
+        "atoll cluster modify --hypervisor fake -D file:path=/a,locking=off",
+        ("cluster.modify", "", {"hypervisor": "fake", "driver_options": {"file": {"path": "/a", "locking": "off"}}}),
+    ),
+    ("atoll group add east --accelerator tcg", ("group.add", "", {"name": "east", "accelerator": "tcg"})),
+    (
+        "atoll group modify default --cpu-model qemu64 --default-pool file=local",
+        ("group.modify", "default", {"cpu_model": "qemu64", "default_pools": {"file": "local"}}),
+    ),
+    ("atoll group rename default west", ("group.rename", "default", {"new_name": "west"})),
+    ("atoll group assign-nodes default node1 node2", ("group.assign-nodes", "default", {"nodes": ["node1", "node2"]})),
+    ("atoll group remove default", ("group.remove", "default", {})),
+    ("atoll node modify node1 --offline", ("node.modify", "node1", {"offline": True})),
+    ("atoll node modify --undrained --role vm node1", ("node.modify", "node1", {"drained": False, "roles": ["vm"]})),
+    ("atoll node migrate node1 -n node2", ("node.migrate", "node1", {"target": "node2"})),
+    ("atoll node failover node1 --node-is-dead", ("node.failover", "node1", {"node_is_dead": True})),
+    ("atoll node evacuate node1", ("node.evacuate", "node1", {})),
+    ("atoll node declare-dead node1 -f", ("node.declare-dead", "node1", {})),
+    ("atoll node remove node1 -f", ("node.remove", "node1", {})),
+    (
+        "atoll pool add p1 -t sharedfile -O path=/srv locking=off -g default",
+        ("pool.add", "", {"name": "p1", "driver": "sharedfile", "options": {"path": "/srv", "locking": "off"}, "groups": ["default"]}),
+    ),
+    ("atoll pool connect images default", ("pool.connect", "images", {"group": "default"})),
+    ("atoll pool disconnect images default", ("pool.disconnect", "images", {"group": "default"})),
+    ("atoll pool check images", ("pool.check", "images", {})),
+    ("atoll pool modify images --close --reason full", ("pool.modify", "images", {"state": "closed", "reason": "full"})),
+    ("atoll pool remove images -f", ("pool.remove", "images", {})),
+    (
+        "atoll volume create v1 -p images -s 10G --tags a,b -O preallocation=full",
+        ("volume.create", "", {"name": "v1", "pool": "images", "size": 10 * GIB, "tags": ["a", "b"], "options": {"preallocation": "full"}}),
+    ),
+    (
+        "atoll volume create -p local --adopt old.img -n node1",
+        ("volume.create", "", {"pool": "local", "adopt": "old.img", "node": "node1"}),
+    ),
+    ("atoll volume grow spare 512", ("volume.grow", "spare", {"increment": 512 * MIB})),
+    ("atoll volume grow spare 2G --absolute", ("volume.grow", "spare", {"size": 2 * GIB})),
+    ("atoll volume rename spare v9", ("volume.rename", "spare", {"new_name": "v9"})),
+    ("atoll volume tag spare a=b c", ("volume.tags", "spare", {"add": ["a=b", "c"]})),
+    ("atoll volume untag spare c", ("volume.tags", "spare", {"remove": ["c"]})),
+    ("atoll volume delete spare -f", ("volume.delete", "spare", {})),
+    (
+        "atoll instance add w -t sharedfile --disk 0:size=10G,pool=images "
+        "--disk 1:size=512,mode=ro,name=logs,preallocation=full -n node1:node2 "
+        "-B maxmem=1G,vcpus=2 -H kvm:kernel_path=/vmlinuz,initrd_path=/initrd --append ro "
+        "--net 0:mode=bridged,link=br0,mac=52:54:00:AA:00:01 "
+        "-o debian --tags x,y --no-start",
+        (
+            "instance.add",
+            "",
+            {
+                "name": "w",
+                "template": "sharedfile",
+                "disks": [
+                    {"size": 10 * GIB, "pool": "images", "adopt": None, "name": None, "mode": "rw", "options": {}},
+                    {"size": 512 * MIB, "pool": None, "adopt": None, "name": "logs", "mode": "ro", "options": {"preallocation": "full"}},
+                ],
+                "nics": [{"mode": "bridged", "link": "br0", "mac": "52:54:00:aa:00:01"}],
+                "node": "node1",
+                "secondary": "node2",
+                "memory": GIB,
+                "vcpus": 2,
+                "kernel": "/vmlinuz",
+                "initrd": "/initrd",
+                "append": "ro",
+                "os": "debian",
+                "tags": ["x", "y"],
+                "start": False,
+            },
+        ),
+    ),
+    (
+        "atoll instance add w -t file -s 3G -g default",
+        (
+            "instance.add",
+            "",
+            {
+                "name": "w",
+                "template": "file",
+                "group": "default",
+                "disks": [{"size": 3 * GIB, "pool": None, "adopt": None, "name": None, "mode": "rw", "options": {}}],
+            },
+        ),
+    ),
+    ("atoll instance add w -t diskless --kernel /k", ("instance.add", "", {"name": "w", "kernel": "/k"})),
+    ("atoll instance start web1 -n node2 --node-is-dead", ("instance.start", "web1", {"node": "node2", "node_is_dead": True})),
+    ("atoll instance stop web1 --timeout 5", ("instance.stop", "web1", {"timeout": 5.0})),
+    ("atoll instance reboot web1 --type full", ("instance.reboot", "web1", {"type": "full"})),
+    ("atoll instance migrate web1 -n node2 --allow-failover", ("instance.migrate", "web1", {"node": "node2", "allow_failover": True})),
+    ("atoll instance failover web1 --node-is-dead --timeout 3", ("instance.failover", "web1", {"node_is_dead": True, "timeout": 3.0})),
+    ("atoll instance move db1 -n node3 --pool local", ("instance.move", "db1", {"node": "node3", "pool": "local"})),
+    (
+        "atoll instance modify web1 -B memory=2G --kernel /k -o bsd",
+        ("instance.modify", "web1", {"memory": 2 * GIB, "kernel": "/k", "os": "bsd"}),
+    ),
+    ("atoll instance modify web1 --net none", ("instance.modify", "web1", {"nics": []})),
+    ("atoll instance rename web1 web9", ("instance.rename", "web1", {"new_name": "web9"})),
+    ("atoll instance tag web1 a", ("instance.tags", "web1", {"add": ["a"]})),
+    ("atoll instance untag web1 a b", ("instance.tags", "web1", {"remove": ["a", "b"]})),
+    ("atoll instance remove web1 -f --keep-disks", ("instance.remove", "web1", {"keep_disks": True})),
+    ("atoll instance grow-disk web1 0 5G", ("instance.grow-disk", "web1", {"increment": 5 * GIB})),
+    ("atoll instance grow-disk web1 1 20G --absolute", ("instance.grow-disk", "web1", {"index": 1, "size": 20 * GIB})),
+    (
+        "atoll instance add-disk web1 -s 1G -p images --name data",
+        (
+            "instance.add-disk",
+            "web1",
+            {"disk": {"size": GIB, "pool": "images", "adopt": None, "name": "data", "mode": "rw", "options": {}}},
+        ),
+    ),
+    (
+        "atoll instance add-disk web1 --disk size=1G -t sharedfile",
+        (
+            "instance.add-disk",
+            "web1",
+            {"disk": {"size": GIB, "pool": None, "adopt": None, "name": None, "mode": "rw", "options": {}}, "template": "sharedfile"},
+        ),
+    ),
+    ("atoll instance attach-disk web1 spare --mode ro", ("instance.attach-disk", "web1", {"volume": "spare", "mode": "ro"})),
+    ("atoll instance detach-disk web1 0", ("instance.detach-disk", "web1", {"index": 0})),
+    ("atoll instance detach-disk web1 web1-0 --timeout 5", ("instance.detach-disk", "web1", {"volume": "web1-0", "timeout": 5.0})),
+    ("atoll instance remove-disk web1 0 -f", ("instance.remove-disk", "web1", {"index": 0})),
+    ("atoll instance activate-disks db1 -n node2", ("instance.activate-disks", "db1", {"node": "node2"})),
+    ("atoll instance deactivate-disks db1", ("instance.deactivate-disks", "db1", {})),
+    ("atoll instance recreate db1 --disk 0", ("instance.recreate", "db1", {"disks": [0]})),
+    ("atoll cluster tag a", ("cluster.tags", "", {"add": ["a"]})),
+    ("atoll node tag node1 a", ("node.tags", "node1", {"add": ["a"]})),
+    ("atoll group untag default a", ("group.tags", "default", {"remove": ["a"]})),
+    ("atoll pool tag images a", ("pool.tags", "images", {"add": ["a"]})),
+    ("gnt-cluster add-tags a", ("cluster.tags", "", {"add": ["a"]})),
+    ("gnt-node remove-tags node1 a", ("node.tags", "node1", {"remove": ["a"]})),
+    ("gnt-instance startup web1", ("instance.start", "web1", {})),
+    ("gnt-instance shutdown --timeout 0 web1", ("instance.stop", "web1", {"timeout": 0.0})),
+    ("gnt-instance recreate-disks web1", ("instance.recreate", "web1", {})),
+    (
+        "gnt-instance add -t sharedfile -s 1024 -B memory=256,vcpus=1 -o noop -n node1 w",
+        (
+            "instance.add",
+            "",
+            {
+                "name": "w",
+                "template": "sharedfile",
+                "memory": 256 * MIB,
+                "os": "noop",
+                "node": "node1",
+                "disks": [{"size": GIB, "pool": None, "adopt": None, "name": None, "mode": "rw", "options": {}}],
+            },
+        ),
+    ),
+    (
+        "gnt-instance modify web1 --disk add:size=1G,pool=images",
+        ("instance.add-disk", "web1", {"disk": {"size": GIB, "pool": "images", "adopt": None, "name": None, "mode": "rw", "options": {}}}),
+    ),
+    ("gnt-instance modify web1 --disk attach:name=spare", ("instance.attach-disk", "web1", {"volume": "spare"})),
+    ("gnt-instance modify web1 --disk 0:remove", ("instance.remove-disk", "web1", {"index": 0})),
+    ("gnt-instance modify web1 --disk detach", ("instance.detach-disk", "web1", {"index": 0})),
+    ("gnt-instance add-tags web1 x", ("instance.tags", "web1", {"add": ["x"]})),
+    ("gnt-instance remove-tags web1 x", ("instance.tags", "web1", {"remove": ["x"]})),
+    ("gnt-node modify -O yes -D no node1", ("node.modify", "node1", {"offline": True, "drained": False})),
+    ("gnt-node evacuate node1", ("node.evacuate", "node1", {})),
+    (
+        "gnt-cluster modify --shared-file-storage-dir /srv/ganeti",
+        ("cluster.modify", "", {"driver_options": {"sharedfile": {"path": "/srv/ganeti"}}}),
+    ),
+    ("gnt-group assign-nodes default node1", ("group.assign-nodes", "default", {"nodes": ["node1"]})),
+    ("gnt-storage check images", ("pool.check", "images", {})),
+]
+
+
+async def test_what_every_command_sends(cli: Cli) -> None:
+    for line, wanted in CASES:
+        assert await cli.sent(line) == [wanted], line
+
+
+def test_every_public_operation_has_a_command() -> None:
+    covered = {operation for _, (operation, _, _) in CASES}
+    public = {operation.name for operation in OPERATIONS.values() if operation.public}
+    assert public == covered
+
+
+async def test_several_instances_are_submitted_at_once_and_the_first_error_is_the_exit(cli: Cli) -> None:
+    found = await cli.sent("atoll instance start web1 db1")
+    assert [(operation, target) for operation, target, _ in found] == [("instance.start", "web1"), ("instance.start", "db1")]
+
+
+BAD = [
+    ("instance add w --disk 0:size=-1G", "is not positive"),
+    ("instance add w --disk 0:size=0", "is not positive"),
+    ("instance add w --disk 0:size=2000000T", "larger than 1 EiB"),
+    ("instance add w --disk 0:size=ten", "is not a size"),
+    ("instance add w --disk 0:pool=images", "neither size nor adopt"),
+    ("instance add w --disk 1:size=1G", "numbers must be 0, 1, 2"),
+    ("instance add w --disk 0:size=1G --disk 0:size=2G", "given twice"),
+    ("instance add w --disk 0:size=1G,size=2G", "given twice"),
+    ("instance add w --disk 0:size=1G,fast", "has no value"),
+    ("instance add w -s 1G --disk 0:size=1G", "exclude each other"),
+    ("instance add w -B cores=2", "there is no 'cores'"),
+    ("instance add w -B vcpus=two", "is not a number"),
+    ("instance add w -H acpi=no", "there is no 'acpi'"),
+    ("instance add w --net 0:ip=10.0.0.1", "there is no ip"),
+    ("instance modify web1", "nothing to change"),
+    ("instance modify web1 --disk 0:shrink", "is not understood"),
+    ("instance remove web1", "no terminal"),
+    ("node modify node1", "nothing to change"),
+    ("node declare-dead node1", "no terminal"),
+    ("pool add p -t file path", "key=value"),
+    ("volume delete spare", "no terminal"),
+    ("volume grow spare -5G", ""),
+    ("instance list -o name,colour", "there is no field 'colour'"),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), BAD)
+async def test_bad_input_is_refused_before_anything_is_sent(cli: Cli, line: str, words: str) -> None:
+    result = await cli.invoke(line.split())
+    if isinstance(result.exception, AtollError):
+        assert result.exception.exit_code == 2
+        assert words in result.exception.message
+        assert result.exception.hint
+    else:
+        assert result.exit_code == 2
+    assert cli.leader.asked == []
+
+
+async def test_help_of_every_command_says_what_it_does() -> None:
+    def walk(command: click.Command, path: list[str]) -> None:
+        context = click.Context(command, info_name=path[-1])
+        assert command.get_short_help_str(), path
+        for parameter in command.params:
+            if isinstance(parameter, click.Option) and not parameter.is_flag and not isinstance(parameter.type, click.Choice):
+                assert parameter.help or parameter.name in ("initrd",), (path, parameter.name)
+        if isinstance(command, click.Group):
+            for name in command.list_commands(context):
+                if name != "lab":
+                    found = command.get_command(context, name)
+                    assert found is not None
+                    walk(found, [*path, name])
+
+    walk(atoll, ["atoll"])
+    for name, make in ganeti.PROGRAMS.items():
+        walk(make(), [f"gnt-{name}"])
+    assert set(GROUPS) == {"cluster", "node", "group", "pool", "volume", "instance", "job", "lab", "completion"}
