@@ -150,8 +150,9 @@ async def test_sqlite_damage_is_found_at_open(tmp_path: Path) -> None:
     await asyncio.gather(*(store.transact(Transaction(put={f"k/{n}": os.urandom(500)})) for n in range(200)))
     await store.close()
     with open(tmp_path / "atoll.db", "r+b") as file:
-        file.seek(3 * 4096)
-        file.write(os.urandom(16384))
+        # A page of data that opening does not read by itself.
+        file.seek(-2 * 4096, os.SEEK_END)
+        file.write(os.urandom(4096))
     with pytest.raises(StoreError, match=r"damaged|malformed") as found:
         await SqliteStore.open(tmp_path)
     assert "restore" in found.value.hint
