@@ -100,8 +100,9 @@ class JobContext:
         undo: Undo | None = None,
         deadline: float = 60.0,
         span: tuple[float, float] | None = None,
+        even_dead: bool = False,
     ) -> Any:
-        """Order a node to do something. ``span`` maps the order's own percent onto the job's.
+        """Order a node to do something. ``span`` maps the order's own percent onto the job's. ``even_dead``: the node is being readmitted.
 
         Errors: the agent's; Unreachable or DeadlineExceeded when the outcome is not known after ``deadline`` seconds.
         """
@@ -115,7 +116,9 @@ class JobContext:
             step = self._new(key, "call", node=node, method=method, args_hash=digest, undo=undo)
             await self._flush([step], [])
         await self._point("after-intent")
-        result = await self._engine.agents.order(node, self.id, key, method, args, deadline=deadline, report=self._reporter(key, span))
+        result = await self._engine.agents.order(
+            node, self.id, key, method, args, deadline=deadline, report=self._reporter(key, span), even_dead=even_dead
+        )
         await self._point("after-effect")
         done = step.model_copy(update={"state": StepState.DONE, "result": result})
         self._journal[key] = done

@@ -228,7 +228,7 @@ async def _run_readmit(job: JobContext, request: dict[str, Any]) -> Any:
             stop = await job.read(f"stale/{instance}", partial(bool, stale))
             method = "guest.stop" if stop else "claim.release"
             args = {"instance": instance, "generation": generation, **({"grace": 0.0} if stop else {})}
-            await job.call(f"refuse/{instance}", node, method, args)
+            await job.call(f"refuse/{instance}", node, method, args, even_dead=True)
 
     def void() -> Changes:
         proof = job.state.store.get(DeathProof, node)

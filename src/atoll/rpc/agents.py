@@ -77,16 +77,18 @@ class Agents:
         undo: bool = False,
         deadline: float,
         report: Report = quiet,
+        even_dead: bool = False,
     ) -> Any:
         """An order of a job, repeated until its outcome is known or the deadline (seconds) has passed.
 
-        Errors: the agent's; NodeUnavailable for a node that is proved dead; Unreachable or DeadlineExceeded = outcome not known.
+        ``even_dead``: the node is back, and this order readmits it. Errors: the agent's; NodeUnavailable for a node that is proved
+        dead; Unreachable or DeadlineExceeded = outcome not known.
         """
         loop = asyncio.get_running_loop()
         end = loop.time() + deadline
         attempt = 0
         while True:
-            if self._store.get(DeathProof, node_id) is not None:
+            if not even_dead and self._store.get(DeathProof, node_id) is not None:
                 raise NodeUnavailable(f"node {self.node(node_id).name} is proved dead")
             left = end - loop.time()
             call = Call(
