@@ -201,7 +201,8 @@ def small_disk(tmp_path: Path) -> Any:
     path.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)], check=True)
     yield path
-    subprocess.run(["umount", str(path)], check=True)
+    # Lazily: after a failed test the store may still be open.
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
 @pytest.mark.root
