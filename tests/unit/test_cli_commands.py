@@ -15,7 +15,7 @@ from rest_fakes import FakeLeader, fake_leader, served
 
 from atoll.cli import ganeti
 from atoll.cli.main import GROUPS, atoll
-from atoll.model.errors import AtollError
+from atoll.model.errors import AtollError, Held
 from atoll.model.units import GIB, MIB
 from atoll.operations.all import OPERATIONS
 
@@ -248,8 +248,12 @@ def test_every_public_operation_has_a_command() -> None:
 
 
 async def test_several_instances_are_submitted_at_once_and_the_first_error_is_the_exit(cli: Cli) -> None:
-    found = await cli.sent("atoll instance start web1 db1")
+    found = await cli.sent("atoll instance start web1 db1 web1")
     assert [(operation, target) for operation, target, _ in found] == [("instance.start", "web1"), ("instance.start", "db1")]
+    cli.leader.refuse = Held("web1 is held")
+    result = await cli.invoke(["instance", "start", "web1", "db1"])
+    assert isinstance(result.exception, Held)
+    assert len(cli.leader.asked) == 4
 
 
 BAD = [

@@ -10,8 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,12 @@ async def shell(tmp_path: Path) -> AsyncIterator[Shell]:
     async with served(leader, tmp_path, host="127.0.0.1", port=0, tls_dir=tmp_path / "tls") as (path, port):
         assert port
         yield Shell(leader, path, port, tmp_path)
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as found:
+        yield found
 
 
 # --- reading ---
@@ -349,15 +357,17 @@ async def test_node_add_over_ssh_gives_the_token_through_stdin(shell: Shell) -> 
     assert (ended.code, "exit code 255" in ended.err) == (9, True)
 
 
-async def test_the_console_is_bridged_and_left_with_a_key(shell: Shell) -> None:
+async def test_the_console_is_bridged_and_left_with_a_key(shell: Shell, stack: ExitStack) -> None:
     config = shell.directory / "atoll.toml"
-    config.write_text(f'run_dir = "{shell.directory}"\n')
+    # Paths of Unix sockets have 107 characters at most; pytest's directories are longer than that with xdist.
+    run_dir = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    config.write_text(f'run_dir = "{run_dir}"\n')
     env = shell.environment() | {"ATOLL_CONFIG": str(config)}
     ended = await shell("instance console web1", env=env)
     assert (ended.code, ended.err.splitlines()[-1]) == (7, "Next: ssh -t node1 atoll instance console web1")
     ended = await shell("instance console db1", env=env)
     assert (ended.code, ended.err.splitlines()[-1]) == (6, "Next: atoll instance start db1")
-    directory = shell.directory / "guests" / ident("i", 1)
+    directory = run_dir / "guests" / ident("i", 1)
     directory.mkdir(parents=True)
     got = asyncio.get_running_loop().create_future()
 

@@ -186,7 +186,10 @@ async def test_a_nodes_disk_space_is_that_of_its_local_pools_only() -> None:
 async def test_guests_and_claims_of_a_node_are_counted() -> None:
     leader = await fake_leader()
     found = await row(leader, "node", "node1")
-    assert (found["guests"], found["claims"]) == (1, 1)
+    assert (found["guests"], found["claims"], found["secondaries"]) == (1, 1, 0)
+    web = leader.state.store.require(Instance, WEB)
+    await put(leader, web.model_copy(update={"secondary": NODES[2].id}))
+    assert (await row(leader, "node", "node3"))["secondaries"] == 1
     await put(leader, Claim(id=WEB, holder=NODES[0].id, generation=3, migration=Migration(target=NODES[1].id, job=7)))
     assert (await row(leader, "node", "node2"))["claims"] == 1
 

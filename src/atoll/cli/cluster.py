@@ -38,16 +38,19 @@ def cluster() -> None:
 def init(name: str, node: str, address: str, hypervisor: str, config: str, overrides: tuple[str, ...]) -> None:
     """Make a cluster whose first node and master is this machine."""
     setup = import_module("atoll.master.setup")
-    setup.init(name, node, address, Path(config), hypervisor, pairs(overrides, "--set"))
+    done = setup.init(name, node, address, Path(config), hypervisor, pairs(overrides, "--set"))
     click.echo(f"The cluster {name} is made; {node} is its master.")
-    click.echo("Next: start atoll-master and atoll-agent, then add nodes: atoll node add NAME", err=True)
+    for line in done:
+        click.echo(line)
+    started = any(line.startswith("started") for line in done)
+    click.echo(f"Next: {'' if started else 'start atoll-master and atoll-agent, then '}add nodes: atoll node add NAME", err=True)
 
 
 @cluster.command()
 @format_option
 def info(format: str) -> None:
     """The cluster, and how many of everything it has."""
-    print_object(Client().get("/v1/cluster"), Style(format=format))
+    print_object(Client().get("/v1/cluster"), Style(format=format), hide=("id",))
 
 
 @cluster.command()
@@ -80,7 +83,7 @@ def _tell(findings: list[dict[str, Any]]) -> None:
         for command in finding["commands"]:
             click.echo(f"  $ {command}")
     errors = sum(finding["severity"] == "error" for finding in findings)
-    click.echo(f"{len(findings)} findings, {errors} of them errors")
+    click.echo(f"{len(findings)} finding{'s' if len(findings) > 1 else ''}, {errors} of them error{'s' if errors != 1 else ''}")
 
 
 @cluster.command()

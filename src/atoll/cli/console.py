@@ -37,7 +37,7 @@ def console(name: str) -> None:
         except (ConnectionRefusedError, BlockingIOError):
             raise InUse(f"nobody takes calls at {path}; perhaps another console is open", hint="close the other console") from None
         except OSError as error:
-            raise HostError(f"cannot connect to {path}: {error.strerror}") from error
+            raise HostError(f"cannot connect to {path}: {error.strerror or error}") from error
         click.echo(f"Console of {row['name']}. Ctrl-] leaves.", err=True)
         _bridge(sock)
     click.echo("\r\nLeft the console.", err=True)

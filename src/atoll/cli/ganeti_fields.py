@@ -127,7 +127,7 @@ NODE = GanetiTable(
         "mfree": _field("memory_free", "MFree", "size"),
         "ctotal": _field("cpus", "CTotal", "number"),
         "pinst_cnt": _field("claims", "Pinst", "number"),
-        "sinst_cnt": Column("Sinst", lambda row: row.get("secondaries", 0), "number"),
+        "sinst_cnt": _field("secondaries", "Sinst", "number"),
         "pip": _field("address", "PrimaryIP"),
         "role": Column("Role", _role),
         "offline": Column("Offline", lambda row: "Y" if row["offline"] else "N"),

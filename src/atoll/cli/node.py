@@ -109,9 +109,12 @@ def join(master: str, name: str, address: str, token_file: str, config: str, ove
     """Let this machine join a cluster."""
     secret = settings.read_secret(token_file)
     joining = import_module("atoll.agent.join")
-    joining.join(master, name, address, secret, Path(config), pairs(overrides, "--set"))
+    done = joining.join(master, name, address, secret, Path(config), pairs(overrides, "--set"))
     click.echo(f"{name} has joined the cluster.")
-    click.echo("Next: start atoll-agent here", err=True)
+    for line in done:
+        click.echo(line)
+    if not any(line.startswith("started") for line in done):
+        click.echo("Next: start atoll-agent here", err=True)
 
 
 @node.command()

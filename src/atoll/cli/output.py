@@ -42,7 +42,8 @@ _STYLES = {
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table. ``kind`` says how a value is written: text, size, number, age, time, yesno or percent."""
+    """A column of a table. ``kind`` says how a value is written: text, size, number, age, time, percent,
+    or prose (long text, cut in the default table)."""
 
     title: str
     get: Callable[[Row], Any]
@@ -63,21 +64,21 @@ class Table:
         if name in self.columns:
             return self.columns[name]
         if sample is not None and name in sample:
-            return Column(name.replace("_", " ").capitalize(), lambda row: row.get(name), kind_of(name))
+            return Column(heading(name), lambda row: row.get(name), kind_of(name))
         known = sorted({*self.columns, *(sample or {})})
         raise InvalidInput(f"there is no field {name!r}", hint=f"fields: {', '.join(known)}")
 
     def choose(self, wanted: str | None, rows: Sequence[Row]) -> list[tuple[str, Column]]:
         """The columns for ``-o``: ``a,b`` or ``+c`` (the default ones and c)."""
-        names = list(self.default)
+        names, asked = list(self.default), set()
         if wanted:
             more = [name.strip() for name in wanted.lstrip("+").split(",") if name.strip()]
-            names = [*names, *more] if wanted.startswith("+") else more
+            names, asked = ([*(n for n in names if n not in more), *more] if wanted.startswith("+") else more), set(more)
         sample = rows[0] if rows else None
         if wanted and not rows:
             sample = dict.fromkeys(names)
         chosen = [(name, self.column(name, sample)) for name in names]
-        return [(n, c) for n, c in chosen if wanted or not c.if_any or any(c.get(row) not in (None, "", [], {}) for row in rows)]
+        return [(n, c) for n, c in chosen if n in asked or not c.if_any or any(c.get(row) not in (None, "", [], {}) for row in rows)]
 
 
 _SIZES = {"size", "memory", "promised", "total", "free", "disk_size", "memory_total", "memory_free", "disk_total", "disk_free", "allocated"}
@@ -103,6 +104,15 @@ class Style:
     separator: str | None = None
     fields: str | None = None
     units: str = ""
+
+
+_ACRONYMS = {"ca": "CA", "cpu": "CPU", "cpus": "CPUs", "vcpus": "VCPUs", "os": "OS", "nics": "Network cards"}
+
+
+def heading(field: str) -> str:
+    """An API field's name for people: ``memory_total`` is ``Memory total``."""
+    words = [_ACRONYMS.get(word, word) for word in field.split("_")]
+    return " ".join([words[0][:1].upper() + words[0][1:], *words[1:]])
 
 
 def size_text(value: Any, units: str) -> str:
@@ -143,7 +153,8 @@ def text(value: Any, kind: str = "text", units: str = "") -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, dict):
-        return ",".join(f"{k}={text(v)}" for k, v in value.items())
+        words = {k: text(_kept(v), kind_of(k)) for k, v in _kept(value).items()}
+        return ", ".join(f"{k}=({word})" if isinstance(value[k], dict) else f"{k}={word}" for k, word in words.items())
     if isinstance(value, list):
         return ",".join(text(v) for v in value)
     return str(value)
@@ -157,6 +168,9 @@ def print_rows(rows: Sequence[Row], table: Table, style: Style) -> None:
     chosen = table.choose(style.fields, rows)
     units = style.units or ("m" if style.separator is not None else "h")
     cells = [[text(column.get(row), column.kind, units) for _, column in chosen] for row in rows]
+    if style.separator is None and not style.fields:
+        long = {number for number, (_, column) in enumerate(chosen) if column.kind == "prose"}
+        cells = [[shortened(cell) if number in long else cell for number, cell in enumerate(line)] for line in cells]
     titles = [column.title for _, column in chosen]
     if style.separator is not None:
         for line in ([titles] if style.headers else []) + cells:
@@ -174,6 +188,11 @@ def _selected(rows: Sequence[Row], table: Table, style: Style) -> list[Row]:
         return list(rows)
     chosen = table.choose(style.fields, rows)
     return [{name: (row[name] if name in row else column.get(row)) for name, column in chosen} for row in rows]
+
+
+def shortened(text: str, width: int = 60) -> str:
+    """The beginning of a long text; ``info`` has all of it."""
+    return text if len(text) <= width else text[: width - 1].rstrip() + "…"
 
 
 def print_plain(titles: list[str] | None, cells: list[list[str]], kinds: Sequence[str]) -> None:
@@ -214,27 +233,39 @@ def print_data(data: Any, form: str) -> None:
         click.echo(json.dumps(data, indent=2, ensure_ascii=False))
 
 
+_EMPTY: tuple[Any, ...] = (None, "", [], {})
+
+
+def _kept(value: Any) -> Any:
+    """A dict without its empty fields; anything else as it is."""
+    return {k: v for k, v in value.items() if v not in _EMPTY} if isinstance(value, dict) else value
+
+
 def print_object(row: Row, style: Style, *, hide: Iterable[str] = ()) -> None:
     """Print one object: a line per field, tables for lists of objects. Empty fields are left away."""
     if style.format != "table":
         print_data(row, style.format)
         return
-    shown = {k: v for k, v in row.items() if k not in hide and v not in (None, "", [], {})}
+    shown = {k: _kept(v) for k, v in row.items() if k not in hide}
+    shown = {k: v for k, v in shown.items() if v not in _EMPTY}
     tables = {k: v for k, v in shown.items() if isinstance(v, list) and isinstance(v[0], dict)}
     width = max((len(k) for k in shown if k not in tables), default=0) + 1
     for name, value in shown.items():
         if name in tables:
             continue
-        title = name.replace("_", " ").capitalize() + ":"
+        title = heading(name) + ":"
         if isinstance(value, dict):
-            kept = {k: v for k, v in value.items() if v not in (None, "", [], {})}
             click.echo(title)
-            for key, inner in kept.items():
+            for key, inner in value.items():
                 click.echo(f"  {key}: {text(inner, kind_of(key))}")
+        elif name == "commands":
+            click.echo("What to type:")
+            for command in value:
+                click.echo(f"  $ {command}")
         else:
             click.echo(f"{title:<{width}} {text(value, kind_of(name))}")
     for name, items in tables.items():
-        click.echo(f"\n{name.replace('_', ' ').capitalize()}:")
+        click.echo(f"\n{heading(name)}:")
         keys = [key for key in items[0] if any(item.get(key) not in (None, "") for item in items)]
         cells = [["  " + text(item.get(keys[0]), kind_of(keys[0])), *(text(item.get(k), kind_of(k)) for k in keys[1:])] for item in items]
         print_plain(["  " + keys[0].capitalize(), *(k.capitalize() for k in keys[1:])], cells, ["text", *(kind_of(k) for k in keys[1:])])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import time
@@ -11,11 +12,12 @@ from typing import Any
 import click
 
 from atoll.cli.client import Client, path_of
-from atoll.cli.output import duration, print_data, text
+from atoll.cli.output import duration, kind_of, print_data, text
 from atoll.model.errors import AtollError, NeedsAttention, from_wire
 
-#: Seconds of one long poll, and how long a master may be away while we watch.
-POLL, AWAY = 20.0, 120.0
+#: Seconds of one long poll, and how long a master may be away while we watch, and how long
+#: a job that tells nothing is waited for in silence.
+POLL, AWAY, GRACE = 20.0, 120.0, 0.5
 _LAST = ("done", "undone", "needs-attention")
 
 
@@ -52,18 +54,18 @@ def run_many(
     format: str = "table",
 ) -> None:
     """The same for several objects: all jobs are submitted, then each is waited for; the first error is told at the end."""
+    targets = tuple(dict.fromkeys(targets))
     if len(targets) == 1:
         run(noun, verb, targets[0], body, submit=submit, dry_run=dry_run, format=format)
         return
     client = Client()
-    failed: AtollError | None = None
+    failed: list[AtollError] = []
     answers = []
     for name in targets:
         try:
             answers.append(ask(client, noun, verb, name, body, dry_run))
         except AtollError as error:
-            click.echo(f"{name}: {error.message}", err=True)
-            failed = failed or error
+            failed.append(error)
     for answer in answers:
         try:
             if dry_run:
@@ -73,10 +75,11 @@ def run_many(
             else:
                 finish(client, answer["job"], format)
         except AtollError as error:
-            click.echo(f"job {answer['job']}: {error.message}", err=True)
-            failed = failed or error
+            failed.append(error)
+    for other in failed[1:]:
+        click.echo(f"Error: {other.message}", err=True)
     if failed:
-        raise failed
+        raise failed[0]
 
 
 def ask(client: Client, noun: str, verb: str, target: str, body: dict[str, Any] | None, dry_run: bool = False) -> dict[str, Any]:
@@ -129,15 +132,30 @@ def _error_of(job: dict[str, Any]) -> AtollError:
     return from_wire({**known, "message": message, "details": details})
 
 
-def _tell_result(result: Any) -> None:
+#: Ids that only repeat what the command itself named; scripts find them with --format json.
+_KNOWN = re.compile(r"(node|i|pool|group)-[0-9a-f]{17}")
+
+
+def _tell_result(result: Any, indent: str = "  ") -> None:
+    """What a job gave, without ids that only repeat the command."""
     if isinstance(result, dict):
         for name, value in result.items():
-            click.echo(f"  {name}: {text(value)}")
+            if value in (None, "", [], {}) or name == "name" or _KNOWN.fullmatch(str(value)):
+                continue
+            if isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values()):
+                click.echo(f"{indent}{name}:")
+                for key, inner in value.items():
+                    click.echo(f"{indent}  {key}: {text(inner)}")
+            elif isinstance(value, dict):
+                click.echo(f"{indent}{name}:")
+                _tell_result(value, indent + "  ")
+            else:
+                click.echo(f"{indent}{name}: {text(value, kind_of(name))}")
     elif isinstance(result, list):
         for value in result:
-            click.echo(f"  {text(value)}")
+            click.echo(f"{indent}{text(value)}")
     elif result is not None and not isinstance(result, bool):
-        click.echo(f"  {result}")
+        click.echo(f"{indent}{result}")
 
 
 def watch(client: Client, number: int) -> dict[str, Any]:
@@ -145,9 +163,13 @@ def watch(client: Client, number: int) -> dict[str, Any]:
     show = _Line() if sys.stderr.isatty() else _Lines()
     try:
         job: dict[str, Any] = client.get(f"/v1/jobs/{number}", patience=AWAY)
+        began = time.monotonic()
         while job["state"] not in _LAST:
-            show.progress(job)
-            job = client.get(f"/v1/jobs/{number}", {"wait": POLL}, patience=AWAY)
+            # A job that ends at once needs no line that says it is queued.
+            early = time.monotonic() - began < GRACE
+            if not early or (job.get("progress") or {}).get("text"):
+                show.progress(job)
+            job = client.get(f"/v1/jobs/{number}", {"wait": GRACE if early else POLL}, patience=AWAY)
     except KeyboardInterrupt:
         show.clear()
         click.echo(f"Job {number} goes on. Watch it: atoll job watch {number}. Stop it: atoll job cancel {number}.", err=True)
@@ -161,7 +183,7 @@ def _words(job: dict[str, Any]) -> str:
     progress = job.get("progress") or {}
     percent = f" {progress['percent']:.0f}%" if progress.get("percent") is not None else ""
     state = job["state"]
-    said = progress.get("text") or {"queued": "waits for other jobs", "undoing": "is being undone"}.get(state, "")
+    said = progress.get("text") or {"queued": "queued", "undoing": "is being undone"}.get(state, "")
     if state == "undoing" and progress.get("text"):
         said = f"undoing: {said}"
     return f"Job {job['id']}: {job['summary']}{percent}{' - ' + said if said else ''}"
@@ -190,10 +212,8 @@ class _Line(_Lines):
     def __init__(self) -> None:
         super().__init__()
         self._shown = False
-        self._at = 0.0
 
     def progress(self, job: dict[str, Any]) -> None:
-        self._at = time.monotonic()
         width = shutil.get_terminal_size().columns - 1
         sys.stderr.write(f"\r\x1b[K{_words(job)[:width]}")
         sys.stderr.flush()

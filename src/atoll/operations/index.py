@@ -75,6 +75,11 @@ class Index:
         return {node: self.state.health.alive(node) for node in self.nodes}
 
     @cached_property
+    def secondaries(self) -> Counter[str]:
+        """Node id -> how many instances have their second copy there."""
+        return Counter(instance.secondary for instance in self.instances.values() if instance.secondary)
+
+    @cached_property
     def claimed(self) -> Counter[str]:
         """Node id -> how many instances' claims it holds."""
         return Counter(node for instance in self.instances for node in self.state.claim(instance).nodes)

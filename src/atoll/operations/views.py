@@ -101,6 +101,7 @@ def node(item: Node, index: Index) -> Row:
         "disk_free": sum(s.free for s in space) if space else None,
         "guests": sum(guest.state in ("running", "paused", "hung") for guest in report.guests) if report else 0,
         "claims": index.claimed[item.id],
+        "secondaries": index.secondaries[item.id],
         "address": item.address,
         "port": item.port,
         "roles": list(item.roles),
