@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
+from atoll.agent.hostsetup import settle_in
 from atoll.model.errors import AtollError, InvalidInput, TokenInvalid, Unreachable, all_errors
 from atoll.runtime import certs
 from atoll.runtime.config import Config, dump, load
@@ -27,8 +28,10 @@ def configured(path: Path, overrides: dict[str, str], **fields: Any) -> Config:
         raise InvalidInput(f"the settings do not fit: {error}") from None
 
 
-def join(master_url: str, name: str, address: str, token: str, config: Path, overrides: dict[str, str]) -> None:
+def join(master_url: str, name: str, address: str, token: str, config: Path, overrides: dict[str, str]) -> list[str]:
     """Join the cluster of the master at ``master_url`` (https://HOST:PORT). The token tells whose certificate to trust.
+
+    Gives what was done on this host, for people.
 
     Errors: TokenInvalid, AlreadyExists, Unauthenticated (another cluster's master), Unreachable, InvalidInput.
     """
@@ -47,6 +50,7 @@ def join(master_url: str, name: str, address: str, token: str, config: Path, ove
     final = settings.model_copy(update={"masters": masters, "hypervisor": answer["hypervisor"]})
     config.parent.mkdir(parents=True, exist_ok=True)
     write_durably(config, dump(final), 0o644)
+    return settle_in(final, config, ("agent",))
 
 
 async def _ask(host: str, port: int, fingerprint: str, body: dict[str, Any]) -> tuple[dict[str, Any], str]:

@@ -6,6 +6,7 @@ import asyncio
 import random
 from pathlib import Path
 
+from atoll.agent.hostsetup import settle_in
 from atoll.agent.join import configured
 from atoll.model.errors import AlreadyExists
 from atoll.model.ids import check_name, new_id
@@ -23,10 +24,11 @@ def store_dir(config: Config) -> Path:
     return config.state_dir / "store"
 
 
-def init(name: str, node: str, address: str, config: Path, hypervisor: str, overrides: dict[str, str]) -> None:
+def init(name: str, node: str, address: str, config: Path, hypervisor: str, overrides: dict[str, str]) -> list[str]:
     """Make a cluster whose first node and master is this machine. Errors: AlreadyExists, InvalidInput, StoreError.
 
-    Repeating it after a crash in the middle starts over; once the cluster's record is written it refuses.
+    Gives what was done on this host, for people. Repeating it after a crash in the middle starts over; once
+    the cluster's record is written it refuses.
     """
     check_name(name, "cluster name")
     check_name(node, "node name")
@@ -37,6 +39,7 @@ def init(name: str, node: str, address: str, config: Path, hypervisor: str, over
     asyncio.run(_init(name, settings))
     config.parent.mkdir(parents=True, exist_ok=True)
     write_durably(config, dump(settings), 0o644)
+    return settle_in(settings, config, ("master", "agent"))
 
 
 async def _init(name: str, config: Config) -> None:

@@ -12,12 +12,12 @@ from typing import Any
 from atoll.jobs.context import JobContext
 from atoll.jobs.steps import Attention, Changes, Settled, Undo, undo_function
 from atoll.model.errors import UNKNOWN_OUTCOME, AtollError, InvalidInput, MigrationFailed, NotMobile, WrongState
-from atoll.model.objects import Claim, Instance, Migration, Node, Pool
+from atoll.model.objects import Claim, Instance, Migration, Node, Pool, Stored
 from atoll.operations.common import PlacementView, frozen, needs_of
 from atoll.operations.instance_power import instance_locks
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import InstanceMigrate
-from atoll.operations.running import check_runs, connect_disks, guest_spec, start_on
+from atoll.operations.running import as_primary, check_runs, connect_disks, guest_spec, start_on, sync_copies
 from atoll.operations.state import State
 from atoll.placement.choose import choose
 
@@ -113,7 +113,8 @@ async def migrate(
         deadline=3000.0,
         span=(8.0, 90.0),
     )
-    # Connections that only the target needs would be handed over here, while the guest is paused.
+    # The guest is paused here: what is not yet equal on both sides becomes equal, and what one side holds is handed over.
+    await sync_copies(job, instance, source)
     await job.commit()
     job.progress(92, "switching over")
     return await _settle(job, instance, plan, spec)
@@ -124,7 +125,9 @@ async def _settle(job: JobContext, instance: str, plan: dict[str, Any], spec: di
     figures: dict[str, Any] = {}
     if not job.journaled("verdict"):
         try:
-            figures = await job.call("go on to completed", source, "guest.migrate_continue", {"instance": instance}, deadline=60.0, span=(92.0, 97.0))
+            figures = await job.call(
+                "go on to completed", source, "guest.migrate_continue", {"instance": instance}, deadline=60.0, span=(92.0, 97.0)
+            )
             verdict = "target"
         except AtollError:
             verdict = await _look(job, instance, plan)
@@ -147,14 +150,16 @@ async def _settle(job: JobContext, instance: str, plan: dict[str, Any], spec: di
     if decided["verdict"] == "target" and await _resume_target(job, instance, plan):
         args = {"instance": instance, "generation": generation - 1, "grace": 0.0}
         await _call_unless_dead(job, "clear away the source", source, "guest.stop", args)
-        await job.write("record home", lambda: Changes(put=[_home(job, instance, target)]))
+        await job.write("record home", lambda: Changes(put=_home(job, instance, target)))
         return {"instance": instance, "node": plan["target_name"], **decided["figures"]}
     return await _cold_start(job, instance, plan)
 
 
-def _home(job: JobContext, instance: str, node: str) -> Instance:
+def _home(job: JobContext, instance: str, node: str) -> list[Stored]:
     found: Instance = job.state.store.require(Instance, instance)
-    return found.model_copy(update={"home": node})
+    swapped = as_primary(job.state, found, node)
+    update = {"home": node, **({"secondary": swapped[0].secondary} if swapped else {})}
+    return [found.model_copy(update=update), *swapped]
 
 
 async def _status(job: JobContext, instance: str, node: str) -> str | None:

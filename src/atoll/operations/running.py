@@ -10,6 +10,7 @@ from atoll.model.errors import DiskInUse, NodeUnavailable, NotFound, WrongState
 from atoll.model.messages import GuestDisk, GuestSpec
 from atoll.model.objects import Claim, Instance, Node, Pool, Volume, VolumeState
 from atoll.operations.state import State
+from atoll.storage.contract import Mirroring
 
 #: Seconds that a start waits for a dead client's locks to end with their lease.
 PATIENCE = 20.0
@@ -92,6 +93,42 @@ def _restore_desired(state: State, args: dict[str, Any]) -> Changes:
     return Changes(put=[found.model_copy(update={"desired": args["desired"]})] if found else [])
 
 
+def mirrored_disks(state: State, instance: Instance) -> list[Volume]:
+    """The disks of which Atoll itself keeps two copies."""
+    return [
+        volume
+        for _, volume in state.volumes_of(instance)
+        if state.driver(state.store.require(Pool, volume.pool)).mirroring is Mirroring.INTERNAL and volume.secondary
+    ]
+
+
+async def sync_copies(job: JobContext, instance: str, primary: str, *, suffix: str = "") -> None:
+    """Syncing: only for internally mirrored disks. Brings the second copies up to the primary node's, while nothing writes them."""
+
+    def plan() -> list[dict[str, Any]]:
+        state: State = job.state
+        node = state.store.require(Node, primary)
+        found = []
+        for volume in mirrored_disks(state, state.store.require(Instance, instance)):
+            other = volume.secondary if volume.node == primary else volume.node
+            ref = state.ref(state.store.require(Pool, volume.pool), node).model_dump(mode="json")
+            second = state.store.require(Node, other or "").name
+            found.append({"ref": ref, "logical_id": volume.logical_id, "primary": node.name, "secondary": second})
+        return found
+
+    for number, args in enumerate(await job.read(f"copies to sync{suffix}", plan)):
+        await job.call(f"sync copy {number}{suffix}", primary, "volume.sync", args, deadline=3600.0)
+
+
+def as_primary(state: State, instance: Instance, node: str) -> list[Volume]:
+    """Its internally mirrored disks with ``node`` as the primary; the former primary becomes the secondary."""
+    swapped = []
+    for volume in mirrored_disks(state, instance):
+        if volume.node != node:
+            swapped.append(volume.model_copy(update={"node": node, "secondary": volume.node}))
+    return swapped
+
+
 async def start_on(
     job: JobContext, instance: str, node: str, *, suffix: str = "", patience: float = 0.0, span: tuple[float, float] = (60.0, 100.0)
 ) -> None:
@@ -129,9 +166,15 @@ async def start_on(
 
     def record() -> Changes:
         found = job.state.store.require(Instance, instance)
-        return Changes(put=[found.model_copy(update={"desired": "running", "home": node, "stopped_by": ""})])
+        swapped = as_primary(job.state, found, node)
+        running = found.model_copy(update={"desired": "running", "home": node, "stopped_by": "", **_secondary(swapped)})
+        return Changes(put=[running, *swapped])
 
     await job.write(f"record running{suffix}", record, Undo("instance.desired", {"instance": instance, "desired": before}))
+
+
+def _secondary(swapped: list[Volume]) -> dict[str, Any]:
+    return {"secondary": swapped[0].secondary} if swapped else {}
 
 
 async def stop_on(job: JobContext, instance: str, node: str, grace: float, *, by: str = "", suffix: str = "") -> bool:
@@ -156,6 +199,7 @@ async def stop_on(job: JobContext, instance: str, node: str, grace: float, *, by
         deadline=grace + 60.0,
     )
     await free_claim(job, instance, node, generation, suffix=suffix)
+    await sync_copies(job, instance, node, suffix=suffix)
     return bool(answer["clean"])
 
 
