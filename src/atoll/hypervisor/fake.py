@@ -65,7 +65,8 @@ class FakeHypervisor:
         try:
             return GuestStatus.model_validate(await self._ask(guest, "status", silence=ANSWER))
         except (GuestError, DeadlineExceeded) as error:
-            if not self._pid(guest):
+            # Its sockets go a moment before its process does: only one that stays without answering hangs.
+            if isinstance(error, GuestError) and await self._goes(guest, pid, ANSWER):
                 return GuestStatus(instance=guest, state="gone")
             spec = self._spec(guest)
             return GuestStatus(
@@ -214,28 +215,33 @@ class FakeHypervisor:
     async def _end(self, guest: str) -> None:
         """Kill the process, if there is one, wait until it has gone, and remove what only a living guest needs."""
         pid = self._pid(guest)
-        if pid:
-            with contextlib.suppress(ProcessLookupError):
-                await self._kill(guest, pid)
+        if pid and not await self._goes(guest, pid, PATIENCE, kill=True):
+            raise DeadlineExceeded(f"pid {pid} of {guest} has been killed but does not go", hint="its storage may hang")
         for name in ("control.sock", "console.sock", "pid", "spec.json"):
             (self._dir(guest) / name).unlink(missing_ok=True)
 
-    async def _kill(self, guest: str, pid: int) -> None:
-        handle = os.pidfd_open(pid)
+    async def _goes(self, guest: str, pid: int, seconds: float, kill: bool = False) -> bool:
+        """Whether a guest's process has gone (killed first, if so wanted) within that time."""
         try:
-            if self._pid(guest) != pid:  # looked again with the handle in hand: now it cannot be somebody else's
-                return
-            signal.pidfd_send_signal(handle, signal.SIGKILL)
-            gone, loop = asyncio.Event(), asyncio.get_running_loop()
-            loop.add_reader(handle, gone.set)
-            try:
-                await asyncio.wait_for(gone.wait(), PATIENCE)
-            except TimeoutError:
-                raise DeadlineExceeded(f"pid {pid} of {guest} has been killed but does not go", hint="its storage may hang") from None
-            finally:
-                loop.remove_reader(handle)
+            handle = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return True
+        gone, loop = asyncio.Event(), asyncio.get_running_loop()
+        loop.add_reader(handle, gone.set)
+        try:
+            if self._pid(guest) != pid:  # looked again with the handle in hand: it cannot be somebody else's now
+                return True
+            if kill:
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
+            await asyncio.wait_for(gone.wait(), seconds)
+        except TimeoutError:
+            return False
+        except ProcessLookupError:
+            return True
         finally:
+            loop.remove_reader(handle)
             os.close(handle)
+        return True
 
     # --- talking to a guest ---
 

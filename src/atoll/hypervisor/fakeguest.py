@@ -63,7 +63,7 @@ class Guest:
         self.options = options(spec["boot"]["append"])
         self.disks = {disk.volume: disk for disk in map(Disk, spec["disks"])}
         self.state, self.reason = ("incoming", "") if spec["incoming"] else ("running", "")
-        self.arrived, self.arriving, self.ending = False, "", False
+        self.arriving, self.ending, self.recorded = "", False, False
         self.migration: Migration | None = None
         self.n, self.writer, self.port = 0, "", 0
         self.viewers: list[socket.socket] = []
@@ -77,6 +77,7 @@ class Guest:
             fcntl.flock(pid, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Refused("conflict", "a guest runs in this directory already") from None
+        self.recorded = True
         os.ftruncate(pid, 0)
         os.write(pid, f"{os.getpid()} {start_time(os.getpid())}\n".encode())
         self.console = os.open("console.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -92,6 +93,13 @@ class Guest:
             self.port = self.listener.getsockname()[1]
         self.loop.spawn(self.accept("control.sock", self.serve))
         self.loop.spawn(self.accept("console.sock", self.show))
+
+    def withdraw(self) -> None:
+        """Let go of everything before saying why: who hears that must find neither a process recorded nor a disk locked."""
+        for disk in self.disks.values():
+            disk.close()
+        if self.recorded:
+            os.unlink("pid")
 
     def begin(self) -> None:
         """Run, or wait for what comes."""
@@ -360,7 +368,7 @@ class Guest:
     async def do_await_incoming(self, order: dict[str, Any], client: socket.socket) -> bool:
         over = monotonic() + float(order["timeout"])
         await self.until(lambda: self.state != "incoming", client, lambda: (None, self.arriving), over)
-        return self.arrived
+        return self.state != "incoming"
 
 
 def main() -> None:
@@ -370,12 +378,15 @@ def main() -> None:
     if os.fork():
         os._exit(0)
     os.setsid()
+    guest = None
     try:
         with open("spec.json") as file:
             guest = Guest(json.load(file))
         guest.prepare()
         _drop(guest.spec["user"])
-    except (Refused, OSError) as error:
+    except (Refused, OSError, KeyError, ValueError) as error:
+        if guest:
+            guest.withdraw()
         os.write(1, json.dumps({"error": getattr(error, "kind", "guest_error"), "message": str(error)}).encode() + b"\n")
         os._exit(1)
     os.write(1, b"ready\n")

@@ -163,7 +163,7 @@ async def arrive(guest: Guest) -> None:
     except (OSError, Refused) as error:
         guest.say(f"load of migration failed: {error}")
         os._exit(1)
-    guest.arrived, guest.arriving = True, "completed"
+    guest.arriving = "completed"
     guest.boot(counter=offset)
     guest.become("paused", "migration has arrived")
 
