@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
@@ -24,7 +25,7 @@ from rest_fakes import NODES, FakeLeader, Script, clean_environment, fake_leader
 
 from atoll.api.leader import Finding
 from atoll.cli.reference import errors_page
-from atoll.model.errors import NodeUnavailable, PoolFull
+from atoll.model.errors import NodeUnavailable, NotLeader, PoolFull
 from atoll.model.messages import Progress
 from atoll.model.objects import Hold, JobState
 from atoll.runtime import certs
@@ -285,6 +286,21 @@ async def test_a_lost_answer_is_asked_for_again_with_the_same_key(shell: Shell) 
     assert ended.out == "Job 1 done: instance stop web1 (3.2s)\n"
 
 
+async def test_watching_goes_on_when_the_leader_changes(shell: Shell) -> None:
+    shell.leader.script = Script(progress=[Progress(text="copies")], gate=asyncio.Event())
+    process = await shell.start("instance", "stop", "web1")
+    assert process.stderr
+    await asyncio.wait_for(process.stderr.readline(), 30)
+    shell.leader.refuse_state = NotLeader("this master was deposed")
+    # The end of the job wakes the long poll, which then finds no leader; a moment later there is one again.
+    shell.leader.script.gate.set()  # type: ignore[union-attr]
+    await asyncio.sleep(0.5)
+    assert process.returncode is None
+    shell.leader.refuse_state = None
+    out, _ = await asyncio.wait_for(process.communicate(), 30)
+    assert (process.returncode, out) == (0, b"Job 1 done: instance stop web1 (3.2s)\n")
+
+
 async def test_https_with_a_token_from_a_file(shell: Shell) -> None:
     token = shell.directory / "token"
     token.write_text("operate\n")
@@ -394,6 +410,40 @@ async def test_the_console_is_bridged_and_left_with_a_key(shell: Shell, stack: E
         _, err = await asyncio.wait_for(process.communicate(), 30)
     assert process.returncode == 0
     assert "Left the console." in err.decode()
+
+
+async def test_on_a_terminal_the_console_passes_every_key_through(shell: Shell, stack: ExitStack) -> None:
+    run_dir = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    config = run_dir / "atoll.toml"
+    config.write_text(f'run_dir = "{run_dir}"\n')
+    directory = run_dir / "guests" / ident("i", 1)
+    directory.mkdir(parents=True)
+    got = asyncio.get_running_loop().create_future()
+
+    async def guest(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"ready")
+        got.set_result(await reader.readexactly(3))
+        await reader.read()
+        writer.close()
+
+    primary, secondary = pty.openpty()
+    stack.callback(os.close, primary)
+    stack.callback(os.close, secondary)
+    before = termios.tcgetattr(secondary)
+    server = await asyncio.start_unix_server(guest, directory / "console.sock")
+    async with server:
+        env = shell.environment() | {"ATOLL_CONFIG": str(config)}
+        process = await shell.start("instance", "console", "web1", env=env, stdin=secondary, stdout=secondary)
+        shown = b""
+        while b"ready" not in shown:
+            shown += await asyncio.to_thread(os.read, primary, 1024)
+        # Ctrl-C, Ctrl-D and Ctrl-Z are the guest's.
+        os.write(primary, b"\x03\x04\x1a")
+        assert await asyncio.wait_for(got, 30) == b"\x03\x04\x1a"
+        os.write(primary, b"\x1d")
+        await asyncio.wait_for(process.communicate(), 30)
+    assert process.returncode == 0
+    assert termios.tcgetattr(secondary) == before
 
 
 async def test_completion_knows_commands_and_names(shell: Shell) -> None:

@@ -277,5 +277,5 @@ async def test_ten_thousand_instances_take_a_few_seconds_at_most() -> None:
     rows, after = views.rows(leader.state, "instance")
     taken = time.monotonic() - began
     assert (len(rows), after) == (10_000, None)
-    # It takes 0.3 s on a calm machine; a view that reads a kind once per row would take minutes.
+    # It takes 0.1 s on a calm machine; a view that reads a kind once per row would take minutes.
     assert taken < 5

@@ -92,9 +92,14 @@ class Client:
                 return self._once(method, target, raw, headers, timeout)
             except NotLeader:
                 turned += 1
-                if turned >= len(self._urls):
+                if turned < len(self._urls):
+                    self._next_master()
+                elif method != "GET" or time.monotonic() > until:
                     raise
-                self._next_master()
+                else:
+                    # Whoever watches a job waits for the next leader, as for one that restarts.
+                    time.sleep(0.3)
+                    self._next_master()
             except ConnectionLost as lost:
                 self.close()
                 arrived = arrived or lost.sent
@@ -119,7 +124,8 @@ class Client:
 
     def _next_master(self) -> None:
         self.close()
-        self._urls.append(self._urls.pop(0))
+        if self._urls:
+            self._urls.append(self._urls.pop(0))
 
     def close(self) -> None:
         """Close the connection; the next request opens another."""
