@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import signal
 import sys
 
 from atoll.hypervisor.qemu import watchdog
@@ -21,9 +23,22 @@ def watchdogs(files: GuestFiles) -> list[int]:
 
 
 async def ensure(files: GuestFiles, seconds: float) -> None:
-    """See to it that a watchdog watches, before the guest can come to its pause. Errors: GuestError."""
-    if watchdogs(files):
-        return
+    """See to it that a migration under way is watched. Errors: GuestError."""
+    if not watchdogs(files):
+        await start(files, seconds)
+
+
+async def start(files: GuestFiles, seconds: float) -> None:
+    """Start the watchdog of a new migration, before it begins. Errors: GuestError."""
+    # One that is left from an earlier migration may be about to end, and then nobody would watch.
+    for pid in watchdogs(files):
+        with contextlib.suppress(ProcessLookupError):
+            handle = os.pidfd_open(pid)
+            try:
+                if pid in watchdogs(files):
+                    signal.pidfd_send_signal(handle, signal.SIGKILL)
+            finally:
+                os.close(handle)
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-I", "-S", watchdog.__file__, str(files.watchdog_qmp), str(seconds)),
         stdin=asyncio.subprocess.DEVNULL,

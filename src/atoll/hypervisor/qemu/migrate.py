@@ -40,10 +40,17 @@ class Source:
     owner: Account | None
     tuning: Tuning
 
-    async def info(self) -> dict[str, Any]:
-        """QEMU's account of the migration; always with a ``status``."""
-        info: dict[str, Any] = await self.session.execute("query-migrate")
-        return {"status": "none", **info}
+    async def info(self, limit: float | None = None) -> dict[str, Any]:
+        """QEMU's account of the migration away from here; always with a ``status``."""
+        info: dict[str, Any] = await self.session.execute("query-migrate", limit=limit)
+        return {**info, "status": leaving(info) or "none"}
+
+
+def leaving(info: dict[str, Any]) -> str:
+    """The status of a migration; empty where there is none, or only the one by which the guest has come here."""
+    status = str(info.get("status", ""))
+    # QEMU goes on to say ``completed`` of a guest that has arrived: taken for its own departure, that would give it away.
+    return "" if status == "completed" and "ram" not in info else status
 
 
 def capabilities(names: Sequence[str]) -> dict[str, Any]:
@@ -112,7 +119,7 @@ async def _begin(source: Source, to: Endpoint, copy: list[str], report: Report) 
             report(Progress(percent=80.0 * done / max(total, 1), text=f"disks: {format_size(done)} of {format_size(total)}"))
 
         await mirror.until_equal(session, copy, tuning, copied)
-    await guard.ensure(source.files, tuning.watchdog)
+    await guard.start(source.files, tuning.watchdog)
     await session.execute("migrate", {"uri": uri(to.host, to.port)})
 
 
@@ -168,7 +175,8 @@ async def proceed(source: Source, report: Report) -> MigrationFigures:
     try:
         async with asyncio.timeout(source.tuning.switchover):
             with source.session.events("MIGRATION") as events:
-                while (info := await source.info())["status"] not in ENDED:
+                # Until the target has read all there is, QEMU may not answer; the watchdog ends that first.
+                while (info := await source.info(source.tuning.switchover))["status"] not in ENDED:
                     await events.next(0.25)
     except Closed:
         raise GuestError(f"QEMU of guest {source.files.guest} ended during its switchover", hint="ask both nodes for its status") from None
@@ -176,13 +184,23 @@ async def proceed(source: Source, report: Report) -> MigrationFigures:
         await _settle(source)
         raise MigrationFailed(f"the migration of guest {source.files.guest} failed at its switchover: {_reason(info)}; it runs on here")
     report(Progress(percent=100.0, text="everything is on the target"))
-    return figures(info)
+    return figures(await _handed_over(source))
+
+
+async def _handed_over(source: Source) -> dict[str, Any]:
+    """QEMU says ``completed`` a moment before it has its figures, and before it shows that this guest is no longer its own."""
+    async with asyncio.timeout(source.tuning.command):
+        while (await source.session.execute("query-status"))["status"] == "finish-migrate":
+            await _changed(source, 0.01)
+    return await source.info()
 
 
 def _reason(info: dict[str, Any]) -> str:
     if info["status"] == "cancelled":
         return "it was cancelled, by request or by its watchdog"
-    return str(info.get("error-desc") or ("there is none" if info["status"] == "none" else "QEMU gives no reason"))
+    if info["status"] == "none":
+        return "there is none"
+    return str(info.get("error-desc", "the connection broke, or its watchdog dropped it"))
 
 
 def figures(info: dict[str, Any]) -> MigrationFigures:
@@ -196,12 +214,20 @@ def figures(info: dict[str, Any]) -> MigrationFigures:
 async def back(source: Source) -> None:
     """Cancel, unless it has completed, and wait until the guest runs here again. No migration = success."""
     with source.session.events("MIGRATION") as events:
-        while (status := (await source.info())["status"]) not in ENDED:
+        while (status := (await _info_or_yank(source))["status"]) not in ENDED:
             if status != "cancelling":
                 await source.session.execute("migrate_cancel")
             await events.next(0.25)
     if status != "completed":
         await _settle(source)
+
+
+async def _info_or_yank(source: Source) -> dict[str, Any]:
+    try:
+        return await source.info(source.tuning.answer_busy)
+    except TimeoutError:
+        await source.session.yank()
+        return await source.info()
 
 
 async def _settle(source: Source) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 from qemu.qmp import EventListener, ExecInterruptedError, ExecuteError, QMPClient, QMPError, Runstate
 from qemu.qmp.protocol import StateError
 
-# The library logs at level error what we handle: a guest that has just gone.
-logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
+# The library logs as errors what we handle: a guest that has just gone, a call that was cancelled.
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
 
 
 class Closed(Exception):
@@ -36,16 +36,26 @@ class Session:
         self._client = client
         self._command = command
 
-    async def execute(self, command: str, arguments: Mapping[str, Any] | None = None, *, limit: float | None = None) -> Any:
-        """Carry out a command and give its result. ``limit`` in seconds. Raises Refused, Closed, TimeoutError (outcome not known)."""
+    async def execute(
+        self, command: str, arguments: Mapping[str, Any] | None = None, *, limit: float | None = None, oob: bool = False
+    ) -> Any:
+        """Carry out a command and give its result. ``limit`` in seconds; ``oob``: ahead of all others. Raises Refused, Closed,
+        TimeoutError (outcome not known)."""
         try:
-            return await asyncio.wait_for(self._client.execute(command, dict(arguments) if arguments else None), limit or self._command)
+            done = self._client.execute(command, dict(arguments) if arguments else None, oob=oob)
+            return await asyncio.wait_for(done, limit or self._command)
         except ExecuteError as error:
             raise Refused(str(error)) from None
         except (ExecInterruptedError, StateError, EOFError, OSError) as error:
             if isinstance(error, TimeoutError):
                 raise
             raise Closed(str(error)) from None
+
+    async def yank(self) -> None:
+        """Drop the migration's connection, also while QEMU hears nothing else: it does not, while it sends the last of a guest's state to
+        a target that does not read. None = success. Raises Closed, TimeoutError."""
+        with contextlib.suppress(Refused):
+            await self.execute("yank", {"instances": [{"type": "migration"}]}, oob=True)
 
     @contextlib.contextmanager
     def events(self, *names: str) -> Iterator[Events]:
@@ -91,14 +101,15 @@ class _Shared:
 class Monitors:
     """The conversations of this process, by socket."""
 
-    def __init__(self) -> None:
-        self._open: dict[Path, _Shared] = {}
+    #: Of the whole process, for two objects may look after the same guests; of each event loop, for connections belong to theirs.
+    _open: dict[tuple[asyncio.AbstractEventLoop, Path], _Shared] = {}
 
     @contextlib.asynccontextmanager
     async def session(self, socket: Path, *, command: float, connect: float | None = None) -> AsyncIterator[Session]:
         """A conversation for the time of the block. ``command``: default limit of its commands, in seconds; ``connect``: of opening it.
         Raises Closed (nobody listens), TimeoutError (QEMU does not answer, or talks with another process)."""
-        shared = self._open.setdefault(socket, _Shared())
+        key = asyncio.get_running_loop(), socket
+        shared = self._open.setdefault(key, _Shared())
         shared.users += 1
         try:
             async with asyncio.timeout(connect or command), shared.opening:
@@ -110,8 +121,7 @@ class Monitors:
         finally:
             shared.users -= 1
             if not shared.users:
-                if self._open.get(socket) is shared:
-                    del self._open[socket]
+                del self._open[key]
                 await _close(shared.client)
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 from atoll.hypervisor.contract import Report
 from atoll.hypervisor.qemu import process
 from atoll.hypervisor.qemu.files import GuestFiles
+from atoll.hypervisor.qemu.migrate import leaving
 from atoll.hypervisor.qemu.qmp import Closed, Monitors, Refused, Session
 from atoll.hypervisor.qemu.tuning import Tuning
 from atoll.model.messages import GuestStatus, Progress
@@ -70,7 +71,7 @@ async def look(files: GuestFiles, monitors: Monitors, tuning: Tuning) -> GuestSt
 async def _ask(files: GuestFiles, monitors: Monitors, limit: float) -> tuple[str, str]:
     async with monitors.session(files.qmp, command=limit) as session:
         runstate = str((await session.execute("query-status"))["status"])
-        return runstate, str((await session.execute("query-migrate")).get("status", ""))
+        return runstate, leaving(await session.execute("query-migrate"))
 
 
 async def power_off(session: Session, grace: float, tuning: Tuning, report: Report) -> bool:

@@ -30,17 +30,33 @@ class Monitor:
         self._socket.settimeout(5)
         self._socket.connect(path)
         self._rest = b""
+        self._sent = 0
+        #: Whether a migration has been under way since we listen; polling alone would miss one that ends at once.
+        self.begun = False
         self._line()
-        self.ask("qmp_capabilities")
+        self.answer(self.send({"execute": "qmp_capabilities", "arguments": {"enable": ["oob"]}}), 5)
 
-    def ask(self, command: str) -> dict[str, Any]:
-        """The answer to a command; raises EOFError when QEMU is gone, TimeoutError when it does not answer for 5 seconds."""
-        self._socket.sendall(json.dumps({"execute": command}).encode() + b"\n")
-        while True:
-            said: dict[str, Any] = json.loads(self._line())
-            if "return" in said or "error" in said:
+    def send(self, command: dict[str, Any]) -> int:
+        """Send a command; gives the number by which its answer is known."""
+        self._sent += 1
+        self._socket.sendall(json.dumps({**command, "id": self._sent}).encode() + b"\n")
+        return self._sent
+
+    def answer(self, number: int, seconds: float) -> dict[str, Any] | None:
+        """The answer to a command; None when it does not come in time. Raises EOFError when QEMU is gone."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self._socket.settimeout(left)
+            try:
+                said: dict[str, Any] = json.loads(self._line())
+            except TimeoutError:
+                return None
+            if said.get("event") == "MIGRATION" and said["data"]["status"] not in ENDED:
+                self.begun = True
+            if said.get("id") == number:
                 answer = said.get("return")
                 return answer if isinstance(answer, dict) else {}
+        return None
 
     def _line(self) -> bytes:
         while b"\n" not in self._rest:
@@ -54,22 +70,25 @@ class Monitor:
 
 def watch(monitor: Monitor, seconds: float) -> None:
     """Until the migration ends. A state that an earlier migration left behind does not count as an end."""
-    begun, since, last = False, time.monotonic(), ""
+    since, last = time.monotonic(), ""
     while True:
-        try:
-            status = str(monitor.ask("query-migrate").get("status", "none"))
-        except TimeoutError:
-            raise SystemExit("QEMU does not answer; its answers would be out of step from here on") from None
+        asked = monitor.send({"execute": "query-migrate"})
+        while (said := monitor.answer(asked, seconds)) is None:
+            # While QEMU sends the last of a guest's state it hears nothing but this: to drop the connection if the target does not read.
+            # Harmless if something else is slow: a migration that has completed has no connection left.
+            if monitor.begun:
+                monitor.send({"exec-oob": "yank", "arguments": {"instances": [{"type": "migration"}]}})
+        status = str(said.get("status", "none"))
         now = time.monotonic()
         if status != last:
             last, since = status, now
-        begun = begun or status not in ENDED
-        if begun and status in ENDED:
+        monitor.begun = monitor.begun or status not in ENDED
+        if monitor.begun and status in ENDED:
             return
-        if not begun and now - since > _BEGIN:
+        if not monitor.begun and now - since > _BEGIN:
             return
         if status in STOPPED and now - since > seconds:
-            monitor.ask("migrate_cancel")
+            monitor.send({"execute": "migrate_cancel"})
         time.sleep(min(0.2, seconds / 10))
 
 
