@@ -171,6 +171,7 @@ async def test_a_nodes_disk_space_is_that_of_its_local_pools_only() -> None:
     assert (await row(leader, "node", "node1"))["disk_free"] is None
     spaces = {
         (SHARED.id, ""): Space(total=1000, free=900),
+        (SHARED.id, NODES[2].id): Space(total=1000, free=900),
         (ident("pool", 2), NODES[0].id): Space(total=100, free=30),
         (ident("pool", 2), NODES[1].id): Space(total=50, free=20),
     }
@@ -179,6 +180,8 @@ async def test_a_nodes_disk_space_is_that_of_its_local_pools_only() -> None:
     local = await row(leader, "pool", "local", spaces=spaces)
     assert (local["total"], local["free"]) == (150, 50)
     assert local["space_on"] == {"node1": {"total": 100, "free": 30}, "node2": {"total": 50, "free": 20}}
+    assert (await row(leader, "node", "node3", spaces=spaces))["disk_total"] is None
+    del spaces[SHARED.id, NODES[2].id]
     shared = await row(leader, "pool", "images", spaces=spaces)
     assert (shared["total"], shared["free"], shared["space_on"]) == (1000, 900, {})
 
@@ -218,6 +221,9 @@ async def test_a_volume_has_attachments_as_in_ebs() -> None:
     found = await row(leader, "volume", "web1-0")
     assert found["state"] == "in-use"
     assert found["attachments"] == [{"instance": "web1", "instance_id": WEB, "index": 0, "slot": 0, "mode": "rw"}]
+    attached = leader.state.store.require(Volume, ident("vol", 1)).model_copy(update={"state": VolumeState.AVAILABLE})
+    await put(leader, attached)
+    assert (await row(leader, "volume", "web1-0"))["state"] == "in-use"
     spare = await row(leader, "volume", "spare")
     assert (spare["state"], spare["attachments"], spare["instance"]) == ("available", [], None)
 
