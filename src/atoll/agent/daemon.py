@@ -30,10 +30,13 @@ def make_hypervisor(config: Config) -> Hypervisor:
     if config.hypervisor == "fake":
         from atoll.hypervisor.fake import FakeHypervisor
 
-        return FakeHypervisor(config.run_dir, config.tls_dir, config.address, config.node)
+        return FakeHypervisor(config.run_dir / "guests", config.tls_dir, config.address, config.node)
     from atoll.hypervisor.qemu import QemuHypervisor
 
-    return QemuHypervisor(config.run_dir, config.tls_dir, config.address, config.node, config.guest_user)
+    qemu = QemuHypervisor(config.run_dir, config.tls_dir, config.address, config.node, config.guest_user)
+    if config.migration_bandwidth:
+        qemu.tuning.bandwidth = config.migration_bandwidth
+    return qemu
 
 
 async def run(config: Config) -> None:

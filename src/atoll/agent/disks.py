@@ -19,12 +19,15 @@ QUICK, LONG = 30.0, 3600.0
 
 
 class Attachments:
-    """What this agent attached for which instance, remembered in the run directory: like the attachments, it is gone after a reboot."""
+    """What this agent attached for which instance, remembered in the run directory: like the attachments, it is gone after a reboot.
 
-    def __init__(self, storage: StorageAccess, run_dir: Path | None) -> None:
+    ``kept``: where a simulation, which has no run directory, remembers it.
+    """
+
+    def __init__(self, storage: StorageAccess, run_dir: Path | None, kept: dict[str, dict[str, dict[str, Any]]] | None = None) -> None:
         self._storage = storage
         self._dir = run_dir / "attached" if run_dir else None
-        self._kept: dict[str, dict[str, dict[str, Any]]] = {}
+        self._kept: dict[str, dict[str, dict[str, Any]]] = {} if kept is None else kept
         if self._dir and self._dir.is_dir():
             for path in self._dir.glob("*.json"):
                 self._kept[path.stem] = json.loads(path.read_text())

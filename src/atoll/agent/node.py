@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from atoll.agent.disks import Attachments, StorageOrders
 from atoll.agent.guests import GuestOrders
@@ -14,10 +15,7 @@ from atoll.storage.contract import StorageAccess
 
 
 class Agent:
-    """One node's agent. ``run_dir`` None: nothing is remembered about attachments beyond this object (simulations).
-
-    ``more``: handlers of further orders.
-    """
+    """One node's agent. ``run_dir`` None: attachments are remembered in ``kept`` (simulations). ``more``: handlers of further orders."""
 
     def __init__(
         self,
@@ -27,8 +25,9 @@ class Agent:
         memory: Memory,
         run_dir: Path | None,
         more: dict[str, Handler] | None = None,
+        kept: dict[str, Any] | None = None,
     ) -> None:
-        attachments = Attachments(storage, run_dir)
+        attachments = Attachments(storage, run_dir, kept)
         handlers = {
             **StorageOrders(storage, attachments).handlers(),
             **GuestOrders(hypervisor, memory, attachments, storage).handlers(),

@@ -32,6 +32,8 @@ log = structlog.get_logger()
 KEEP_JOBS, CLEAN_PERIOD = 10_000, 300.0
 #: Seconds after which a node that keeps its proof of death while it answers is readmitted again.
 READMIT_PAUSE = 5.0
+#: Seconds that a new leader waits for the first report of every node before it takes up jobs.
+FIRST_REPORTS = 3.0
 
 
 class MasterLeader:
@@ -54,6 +56,7 @@ class MasterLeader:
         self._spaces = SpaceMonitor(self._state, self.agents)
         self._verifier = Verifier(self._state, self.agents, self.engine)
         self._tasks: list[asyncio.Task[None]] = []
+        self._ready, self._all_heard = asyncio.Event(), asyncio.Event()
         self._readmitted: dict[str, float] = {}
         self._welcomed: dict[str, float] = {}
 
@@ -65,13 +68,22 @@ class MasterLeader:
     async def start(self, *, loops: bool = True) -> None:
         """Take up every job, and begin to look after the guests."""
         assert OPERATIONS
+        self._background(self._take_up(loops))
+        log.info("leading", term=self._state.store.term)
+
+    async def _take_up(self, loops: bool) -> None:
+        """Jobs decide by what nodes report: wait until all have reported, or long enough, before taking them up."""
+        try:
+            await asyncio.wait_for(self._all_heard.wait(), FIRST_REPORTS)
+        except TimeoutError:
+            log.info("some nodes are silent", nodes=[n.name for n in self._state.store.all(Node) if not self.health.alive(n.id)])
         await self.engine.start(self.agents)
+        self._ready.set()
         if loops:
             self._background(Reconciler(self).run())
             self._background(self._clean())
             self._background(self._spaces.run())
             self._state.store.listeners.append(self._noticed)
-        log.info("leading", term=self._state.store.term)
 
     async def stop(self) -> None:
         """Stop working. Jobs stay in the store as they are."""
@@ -91,6 +103,7 @@ class MasterLeader:
         self, operation: str, target: str, request: dict[str, Any], *, who: Caller, key: str = "", dry_run: bool = False
     ) -> Submission:
         """See ``api.leader.Leader``."""
+        await self._ready.wait()
         self._check_leads()
         if dry_run:
             job = self.engine.submitter.prepare(operation, target, request, who=who.name)
@@ -110,10 +123,12 @@ class MasterLeader:
 
     async def cancel_job(self, job: int) -> None:
         """See ``api.leader.Leader``."""
+        await self._ready.wait()
         await self.engine.cancel(job)
 
     async def resume_job(self, job: int, node_is_dead: str | None = None) -> None:
         """See ``api.leader.Leader``."""
+        await self._ready.wait()
         if node_is_dead:
             node = self._state.store.find(Node, node_is_dead)
             if self.health.alive(node.id) or await self._answers(node.id):
@@ -132,6 +147,7 @@ class MasterLeader:
 
     async def undo_job(self, job: int) -> None:
         """See ``api.leader.Leader``."""
+        await self._ready.wait()
         await self.engine.resume(job, undo=True)
 
     async def wait_job(self, job: int, seconds: float) -> tuple[Job, Progress]:
@@ -154,6 +170,10 @@ class MasterLeader:
         if not self.health.alive(node):
             self.agents.forget(node)
         self.health.hear(node, report)
+        if not self._ready.is_set():
+            if all(n.offline or self.health.alive(n.id) for n in self._state.store.all(Node)):
+                self._all_heard.set()
+            return {"term": self._state.store.term}
         record = self._state.store.require(Node, node)
         now = self._state.clock.monotonic()
         busy = self.engine.busy(record.resource)

@@ -60,6 +60,10 @@ class Reconciler:
         state = self._leader.state
         claim = state.claim(instance.id)
         holder = claim.holder
+        if holder is None and claim.migration is None and instance.desired == "running":
+            # An operation that was to start it elsewhere was undone: an agent's word has freed the claim, so it runs nowhere.
+            await self._submit("instance.restart-missing", instance, now)
+            return
         if holder is None or claim.migration is not None or not state.health.alive(holder):
             return
         if self._leader.health.heard_at(holder) <= self._quiet[instance.id]:

@@ -211,20 +211,26 @@ def _prepare_loop(words: str) -> Any:
 
 
 async def _run_restart(job: JobContext, request: dict[str, Any]) -> Any:
-    """A guest is missing on its claim's node: proof (a) from that node, then a new start there."""
+    """A guest is missing. On its claim's node: proof (a) from that node, then a start there. With a free claim, which an agent's
+    word has freed, it starts where placement says."""
 
-    def still() -> str | None:
+    def decide() -> dict[str, Any] | None:
         state: State = job.state
         instance = state.store.require(Instance, request["id"])
         claim = state.claim(instance.id)
-        return claim.holder if instance.desired == "running" and claim.migration is None else None
+        if instance.desired != "running" or claim.migration is not None:
+            return None
+        if claim.holder is not None:
+            return {"node": claim.holder, "release": claim.holder}
+        return {"node": plan_start(state, instance, None, False)["node"], "release": None}
 
-    node = await job.read("still missing", still)
-    if node is None:
+    plan = await job.read("still missing", decide)
+    if plan is None:
         return {"instance": request["id"], "done": "nothing"}
-    await release_from(job, request["id"], node)
-    await start_on(job, request["id"], node)
-    return {"instance": request["id"], "node": node}
+    if plan["release"]:
+        await release_from(job, request["id"], plan["release"])
+    await start_on(job, request["id"], plan["node"])
+    return {"instance": request["id"], "node": plan["node"]}
 
 
 register(Operation("instance.restart-missing", Nothing, _prepare_loop("restart the missing guest of"), _run_restart, public=False))

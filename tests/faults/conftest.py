@@ -1,0 +1,6 @@
+"""Fault tests kill real processes."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
