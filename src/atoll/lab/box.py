@@ -17,10 +17,10 @@ from atoll.api.leader import Caller, Submission
 from atoll.hypervisor.memory import MemoryHypervisor, World
 from atoll.lab.boxstorage import BoxStorage, SharedDisks
 from atoll.master.leader import MasterLeader
-from atoll.model.errors import AtollError, NotLeader, from_wire
+from atoll.model.errors import AtollError, Unreachable, from_wire
 from atoll.model.messages import NodeReport
 from atoll.model.objects import Cluster, Group, Job, JobState, Node, Stored
-from atoll.rpc.inprocess import InProcessTransport
+from atoll.rpc.inprocess import InProcessTransport, LinkFault
 from atoll.runtime.clock import LoopClock, VirtualLoop
 from atoll.store.cache import LeaderStore
 from atoll.store.memory import Durable, MemoryStore
@@ -58,11 +58,17 @@ class Box:
         self.nodes: dict[str, str] = {}
         self.agents: dict[str, Agent] = {}
         self._databases: dict[str, Any] = {}
+        #: What each node has in its run directory about attached disks.
+        self._attached: dict[str, dict[str, Any]] = {}
         self._beats: dict[str, asyncio.Task[None]] = {}
         self.store: MemoryStore | None = None
         self.leader: MasterLeader | None = None
         #: Nodes whose link is cut: they and the master hear nothing of each other.
         self.cut: set[str] = set()
+        #: What else a test does to orders ("request") and answers ("reply"): may wait, or raise Unreachable.
+        self.link_fault: LinkFault | None = None
+        self.transport.fault = self._link
+        self.world.image = self.disks.image
         self.loops = True
 
     @classmethod
@@ -90,7 +96,6 @@ class Box:
         """A new master takes a new term from the durable store."""
         self.store = MemoryStore(durable=self.durable)
         self.leader = MasterLeader(await LeaderStore.open(self.store), self.transport, self.clock, rng=random.Random(self.rng.random()))
-        self.transport.fault = self._link
         await self.leader.start(loops=self.loops)
 
     async def crash_master(self) -> None:
@@ -105,7 +110,10 @@ class Box:
         """A new agent process on a node; it finds the guests that are there."""
         database = self._databases.setdefault(name, open_database(":memory:"))
         hypervisor = MemoryHypervisor(self.world, name)
-        agent = Agent(name, hypervisor, BoxStorage(self.disks, name), Memory(database), None)
+        storage = BoxStorage(self.disks, name)
+        agent = Agent(
+            name, hypervisor, storage, Memory(database), None, storage.copy_handlers(), kept=self._attached.setdefault(name, {})
+        )
         self.agents[name] = agent
         self.transport.agents[self.nodes[name]] = agent.service
         self._beats[name] = asyncio.get_running_loop().create_task(self._beat(name, agent))
@@ -122,6 +130,7 @@ class Box:
         """Everything on the node is gone at once."""
         self.world.power_cut(name)
         await self.crash_agent(name)
+        self._attached.pop(name, None)
 
     async def close(self) -> None:
         """End everything."""
@@ -133,8 +142,11 @@ class Box:
             database.close()
 
     async def _link(self, phase: str, node: str, call: Any) -> None:
+        if self.link_fault is not None:
+            await self.link_fault(phase, node, call)
         if node in self.cut:
             await asyncio.sleep(call.deadline + 1)
+            raise Unreachable(f"the link to {node} is cut")
 
     async def _beat(self, name: str, agent: Agent) -> None:
         while True:
@@ -151,8 +163,8 @@ class Box:
         )
         try:
             await self.leader.report(self.nodes[name], report)
-        except NotLeader:
-            return
+        except AtollError:
+            return  # no master takes it: the next beat tries again
 
     async def settle_reports(self) -> None:
         """Let every agent report once."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from atoll.agent.service import Handler
 from atoll.hypervisor.memory import World
-from atoll.model.errors import Conflict, NotFound, PoolFull, PoolUnavailable, ShrinkRefused
+from atoll.model.errors import Conflict, HostError, NotFound, PoolFull, PoolUnavailable, ShrinkRefused
 from atoll.model.messages import PoolRef
+from atoll.rpc.contract import Report
 from atoll.storage import registry
 
 #: Called before and after each effect with (node, method, phase); may raise or wait.
@@ -23,7 +26,21 @@ class SharedDisks:
         self.marks: dict[str, str] = {}
         #: Pools (ids) whose storage is not there.
         self.lost: set[str] = set()
+        #: Images that are served for a copy: volume -> (server, peer).
+        self.served: dict[str, tuple[str, str]] = {}
         self.fault: StorageFault | None = None
+
+    def image(self, node: str, volume: str) -> str:
+        """What a guest on the node writes when it writes the volume: an image of its own where the pool is node-local."""
+        local = any("@" in place and any(image["volume"] == volume for image in images.values()) for place, images in self.images.items())
+        return f"{volume}@{node}" if local else volume
+
+    def copy(self, volume: str, source: str, target: str) -> None:
+        """The records of one node's image, copied into another's."""
+        records = self.world.images.get(self.image(source, volume), 0)
+        image = self.image(target, volume)
+        self.world.images[image] = records
+        self.world.written.setdefault(volume, set()).add(image)
 
 
 class BoxStorage:
@@ -86,7 +103,11 @@ class BoxStorage:
         return logical_id
 
     def _delete(self, ref: PoolRef, logical_id: str) -> None:
-        self._place(ref).pop(logical_id, None)
+        image = self._place(ref).get(logical_id)
+        if image is not None:
+            # What was in it is gone, and a new image of the same volume begins empty.
+            self._disks.world.images.pop(self._disks.image(ref.node, image["volume"]), None)
+            del self._place(ref)[logical_id]
 
     def _grow(self, ref: PoolRef, logical_id: str, size: int) -> int:
         image = self._find(ref, logical_id)
@@ -143,7 +164,8 @@ class BoxStorage:
         return held and self._disks.world.locking
 
     def _sync(self, ref: PoolRef, logical_id: str, primary: str, secondary: str) -> None:
-        self._find(ref, logical_id)
+        volume = self._find(ref, logical_id)["volume"]
+        self._disks.copy(volume, primary, secondary)
 
     def _connection(self, ref: PoolRef, logical_id: str, volume: str, size: int) -> Any:
         self._find(ref, logical_id)
@@ -158,6 +180,34 @@ class BoxStorage:
             volume = args["connection"]["volume"]
             return {"volume": volume, "path": f"/box/{volume}", "blockdev": {"driver": "file", "filename": f"/box/{volume}"}}
         return args["connection"]["size"] if method == "resized" else None
+
+    # --- copies of stopped disks: as agent.copying, without processes ---
+
+    def copy_handlers(self) -> dict[str, Handler]:
+        """Method -> handler."""
+        return {"copy.serve": self._serve, "copy.unserve": self._unserve, "copy.push": self._push, "copy.unpush": self._unpush}
+
+    async def _serve(self, args: dict[str, Any], report: Report) -> Any:
+        await self._point("serve", "before")
+        self._find(PoolRef(**args["ref"]), args["logical_id"])
+        self._disks.served[args["volume"]] = (self._node, args["peer"])
+        await self._point("serve", "after")
+        return 10809
+
+    async def _unserve(self, args: dict[str, Any], report: Report) -> Any:
+        self._disks.served.pop(args["volume"], None)
+
+    async def _push(self, args: dict[str, Any], report: Report) -> Any:
+        await self._point("push", "before")
+        self._find(PoolRef(**args["ref"]), args["logical_id"])
+        await asyncio.sleep(0.5)
+        if self._disks.served.get(args["volume"]) != (args["server"], self._node):
+            raise HostError(f"the copy failed: {args['server']} does not serve {args['volume']} to {self._node}")
+        self._disks.copy(args["volume"], self._node, args["server"])
+        await self._point("push", "after")
+
+    async def _unpush(self, args: dict[str, Any], report: Report) -> Any:
+        return None
 
     def stalled(self) -> dict[str, str]:
         """See ``StorageAccess``."""
