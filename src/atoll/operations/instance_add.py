@@ -113,11 +113,9 @@ def _prepare_add(state: State, target: str, request: InstanceAdd) -> Prepared:
     held = [name_lock(Instance, request.name)]
     held += [name_lock(Volume, v["name"]) for v in plan["volumes"]]
     held += [f"image:{v['pool']}:{v['adopt']}" for v in plan["volumes"] if v["adopt"]]
-    shared = [f"pool:{v['pool']}" for v in plan["volumes"]] + [f"group:{plan['group']}"]
-    if request.node:
-        shared.append(f"node:{plan['node']}")
+    shared = [f"pool:{v['pool']}" for v in plan["volumes"]] + [f"group:{plan['group']}", f"node:{plan['node']}"]
     sizes = ", ".join(format_size(v["size"]) if v["size"] else "adopted" for v in plan["volumes"]) or "no disks"
-    return Prepared(frozen(request), locks(shared, held), f"add instance {request.name} ({sizes})")
+    return Prepared(frozen(request, node=plan["node"]), locks(shared, held), f"add instance {request.name} ({sizes})")
 
 
 @undo_function("instance.forget")

@@ -50,7 +50,7 @@ def _prepare_failover(state: State, target: str, request: InstanceFailover) -> P
     plan = plan_failover(state, instance, request.node, request.node_is_dead)
     node = state.store.require(Node, plan["node"])
     return Prepared(
-        frozen(request, id=instance.id, node=node.id if request.node else None),
+        frozen(request, id=instance.id, node=node.id),
         instance_locks(state, instance, node.id),
         f"fail instance {instance.name} over to {node.name}",
     )

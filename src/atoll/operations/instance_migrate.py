@@ -52,7 +52,7 @@ def _prepare(state: State, target: str, request: InstanceMigrate) -> Prepared:
     instance = state.store.find(Instance, target)
     plan = plan_migrate(state, instance, request.node)
     return Prepared(
-        frozen(request, id=instance.id, node=plan["target"] if request.node else None),
+        frozen(request, id=instance.id, node=plan["target"]),
         instance_locks(state, instance, plan["source"], plan["target"]),
         f"migrate instance {instance.name} from {plan['source_name']} to {plan['target_name']}",
     )

@@ -128,7 +128,7 @@ def _prepare_start(state: State, target: str, request: InstanceStart) -> Prepare
     plan = plan_start(state, instance, request.node, request.node_is_dead)
     node = state.store.require(Node, plan["node"])
     return Prepared(
-        frozen(request, id=instance.id, node=node.id if request.node else None),
+        frozen(request, id=instance.id, node=node.id),
         instance_locks(state, instance, node.id),
         f"start instance {instance.name} on {node.name}",
     )
