@@ -23,7 +23,7 @@ CONNECT, SLACK = 3.0, 2.0
 
 
 class HttpsTransport:
-    """Keeps connections to agents open. ``context`` gives the TLS context; it is asked anew for each session, so that certificates renew."""
+    """Keeps connections to agents open. ``context`` gives the TLS context, anew for each session, so that certificates renew."""
 
     def __init__(self, context: Callable[[], ssl.SSLContext]) -> None:
         self._context = context
