@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import NoReturn
 
@@ -43,7 +42,6 @@ def run(command: click.Command, name: str) -> NoReturn:
     """Run a command as a program: errors go to stderr as ``Error:`` and ``Next:``, and the exit code tells their kind."""
     try:
         code = command.main(prog_name=name, standalone_mode=False)
-        sys.stdout.flush()
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx else name
         _tell(error.format_message(), f"{path} --help")
@@ -57,10 +55,6 @@ def run(command: click.Command, name: str) -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         click.echo("stopped", err=True)
         code = 130
-    except BrokenPipeError:
-        # Whoever read our output went away (such as ``| head``); the interpreter must not complain about that while it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
     sys.exit(code if isinstance(code, int) else 0)
 
 
