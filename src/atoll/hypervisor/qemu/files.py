@@ -61,7 +61,7 @@ class GuestFiles:
         self.pidfile = self.dir / "pid"
         self.qmp = self.dir / "qmp"
         self.watchdog_qmp = self.dir / "watchdog"
-        self.serial = self.dir / "serial"
+        self.serial = self.dir / "console.sock"
         self.console_log = self.logs / "console.log"
         self.qemu_log = self.logs / "qemu.log"
 
