@@ -28,7 +28,20 @@ async def test_output_code_and_input() -> None:
     done = await run(["sh", "-c", "cat; echo problem >&2; exit 3"], deadline=20, input="sécret\n", check=False)
     assert (done.rc, done.stdout, done.stderr, done.truncated) == (3, "sécret\n", "problem\n", False)
     assert (await run(["cat"], deadline=20, input=b"\0\1")).stdout == "\0\1"
-    assert (await run(["cat"], deadline=20)).stdout == "", "without input, stdin is empty"
+
+
+async def test_without_input_a_command_does_not_read_ours() -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"ours")
+    os.close(writer)
+    ours = os.dup(0)
+    os.dup2(reader, 0)
+    try:
+        assert (await run(["cat"], deadline=20)).stdout == ""
+    finally:
+        os.dup2(ours, 0)
+        os.close(ours)
+        os.close(reader)
 
 
 async def test_environment_and_directory(tmp_path: Path) -> None:

@@ -228,7 +228,7 @@ class LeaderStore:
             raise error
         except UNKNOWN_OUTCOME as error:
             lost = error
-        log.warning("the outcome of a write is not known; reading", error=lost.message)
+        log.warning("the outcome of a write is not known; repeating it", error=lost.message)
         end = asyncio.get_running_loop().time() + PATIENCE
         try:
             while asyncio.get_running_loop().time() < end:
@@ -244,22 +244,18 @@ class LeaderStore:
         raise lost
 
     async def _land_again(self, transaction: Transaction) -> int:
-        await self._check_term()
-        landed = await self._landed(transaction)
-        if landed:
-            return landed
         try:
-            # Not there yet is not never: only a repetition rules out that the lost one lands later.
+            # Only a repetition tells for ever: what is not there yet might land later, but not after this.
             return await self.store.transact(transaction)
         except CompareFailed as error:
             await self._check_term()
             landed = await self._landed(transaction)
-            if landed:
-                return landed
-            raise error
+            if landed is None:
+                raise error
+            return landed
 
     async def _landed(self, transaction: Transaction) -> int | None:
-        """The revision at which the transaction is in the store; None: not (yet). Errors: CompareFailed when another change is there."""
+        """The revision at which the transaction is in the store; None: it is not there. Errors: CompareFailed when another change is there."""
         for key in (*transaction.put, *transaction.delete):
             entry = await self.store.get(key)
             found = entry.revision if entry else 0
