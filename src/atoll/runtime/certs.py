@@ -215,7 +215,7 @@ def _sign(ca: KeyPair, key: ec.EllipticCurvePublicKey, role: Role, ident: str, n
     cert = (
         _builder(_common_name(name), issuer.subject, key, days)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        # QEMU's check of TLS credentials wants keyEncipherment too, although ECDHE never uses it.
+        # Older releases of QEMU ask for keyEncipherment too, although ECDHE never uses it.
         .add_extension(_usage(digital_signature=True, key_encipherment=True), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
         .add_extension(x509.SubjectAlternativeName([*names, x509.UniformResourceIdentifier(uri)]), critical=False)

@@ -255,7 +255,7 @@ class LeaderStore:
             return landed
 
     async def _landed(self, transaction: Transaction) -> int | None:
-        """The revision at which the transaction is in the store; None: it is not there. Errors: CompareFailed when another change is there."""
+        """The revision at which it is in the store; None: it is not there. Errors: CompareFailed when another change is there."""
         for key in (*transaction.put, *transaction.delete):
             entry = await self.store.get(key)
             found = entry.revision if entry else 0
