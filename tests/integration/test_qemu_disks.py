@@ -51,7 +51,9 @@ async def test_plug_grow_and_unplug_in_a_running_guest(world: World) -> None:
     for _ in range(2):
         await world.hypervisor("a").unplug(guest, extra.volume, 30)
     await until(lambda: "GONE vdb" in text(a, spec), 10, "GONE vdb")
-    # Closed too, not only out of the guest: another may have it, and its slot is free again.
+    # Closed too, not only out of the guest; and its slot is free again.
+    async with a._session(guest) as session:
+        assert extra.volume not in {node["node-name"] for node in await session.execute("query-named-block-nodes", {"flat": True})}
     await a.plug(guest, extra.model_copy(update={"volume": "vol-again", "slot": 1}))
     await writes(a, spec)
     assert world.ring(spec, a).ok

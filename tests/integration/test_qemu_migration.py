@@ -53,7 +53,7 @@ async def move(source: QemuHypervisor, target: QemuHypervisor, spec: GuestSpec, 
 
 
 async def test_there_and_back_while_it_writes(world: World) -> None:
-    a, b = world.hypervisor("a", user=""), world.hypervisor("b")
+    a, b = world.hypervisor("a"), world.hypervisor("b")
     spec = world.spec()
     guest = spec.instance
     await started(a, spec, world.report)
@@ -277,8 +277,9 @@ async def test_a_source_that_dies(world: World) -> None:
     assert world.ring(spec, a, b).ok
 
 
+@pytest.mark.root
 async def test_a_guest_that_powers_off_on_its_way_arrives_so(world: World) -> None:
-    a, b = world.hypervisor("a"), world.hypervisor("b")
+    a, b = world.hypervisor("a", user="nobody"), world.hypervisor("b", user="nobody")
     spec = world.spec()
     await started(a, spec, world.report)
     a.tuning.bandwidth = SLOW

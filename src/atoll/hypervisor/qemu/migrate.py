@@ -14,7 +14,7 @@ from typing import Any
 from atoll.hypervisor.contract import Report
 from atoll.hypervisor.qemu import guard, mirror, tls
 from atoll.hypervisor.qemu.files import Account, GuestFiles
-from atoll.hypervisor.qemu.qmp import Closed, Refused, Session
+from atoll.hypervisor.qemu.qmp import Refused, Session
 from atoll.hypervisor.qemu.tuning import Tuning
 from atoll.model.errors import Conflict, GuestError, MigrationFailed, WrongState
 from atoll.model.messages import Endpoint, MigrationFigures, Progress
@@ -172,14 +172,11 @@ async def proceed(source: Source, report: Report) -> MigrationFigures:
             raise
     elif info["status"] not in (*ENDED, *BEYOND, "cancelling"):
         raise GuestError(f"the migration of guest {source.files.guest} is not at its switchover yet, but {info['status']}")
-    try:
-        async with asyncio.timeout(source.tuning.switchover):
-            with source.session.events("MIGRATION") as events:
-                # Until the target has read all there is, QEMU may not answer; the watchdog ends that first.
-                while (info := await source.info(source.tuning.switchover))["status"] not in ENDED:
-                    await events.next(0.25)
-    except Closed:
-        raise GuestError(f"QEMU of guest {source.files.guest} ended during its switchover", hint="ask both nodes for its status") from None
+    async with asyncio.timeout(source.tuning.switchover):
+        with source.session.events("MIGRATION") as events:
+            # Until the target has read all there is, QEMU may not answer; the watchdog ends that first.
+            while (info := await source.info(source.tuning.switchover))["status"] not in ENDED:
+                await events.next(0.25)
     if info["status"] != "completed":
         await _settle(source)
         raise MigrationFailed(f"the migration of guest {source.files.guest} failed at its switchover: {_reason(info)}; it runs on here")

@@ -60,6 +60,14 @@ def _copies(files: GuestFiles, tls_dir: Path, owner: Account | None) -> Iterator
     place = files.dir / "tls"
     shutil.rmtree(place, ignore_errors=True)
     try:
+        _copy(tls_dir, place, owner)
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _copy(tls_dir: Path, place: Path, owner: Account | None) -> None:
+    try:
         place.mkdir(mode=0o700)
         for name, copies in _NAMES.items():
             data = (tls_dir / name).read_bytes()
@@ -71,8 +79,5 @@ def _copies(files: GuestFiles, tls_dir: Path, owner: Account | None) -> Iterator
                     os.chown(place / copy, owner.uid, owner.gid)
         if owner:
             os.chown(place, owner.uid, owner.gid)
-        yield place
     except OSError as error:
         raise HostError(f"the certificate of this node cannot be used: {error}", hint=f"ls -l {tls_dir}") from None
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
