@@ -246,8 +246,9 @@ async def _call_unless_dead(job: JobContext, key: str, node: str, method: str, a
 async def _cold_start(job: JobContext, instance: str, plan: dict[str, Any]) -> dict[str, Any]:
     """Both are gone: proof (a) from both nodes, then a start from the disks, where they can be reached."""
     for key, node in (("source", plan["source"]), ("target", plan["target"])):
-        args = {"instance": instance, "generation": plan["generation"]}
-        await _call_unless_dead(job, f"release the {key}", node, "claim.release", args)
+        # A source that has handed everything over still has its process, though it never runs again: the stop ends that, too.
+        args = {"instance": instance, "generation": plan["generation"], "grace": 0.0}
+        await _call_unless_dead(job, f"release the {key}", node, "guest.stop", args)
 
     def free() -> Changes:
         claim: Claim = job.state.claim(instance)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from atoll.model.errors import InvalidInput
 
@@ -37,6 +37,8 @@ class Config(BaseModel):
     hypervisor: Literal["qemu", "fake"] = "qemu"
     #: The unprivileged user that guests run as; empty = the user of the agent.
     guest_user: str = "atoll-guest"
+    #: Bytes per second that a live migration away from this node sends at most; 0 = as fast as the network allows.
+    migration_bandwidth: Annotated[int, Field(ge=0)] = 0
     #: Seconds between heartbeats of an agent.
     heartbeat: float = 1.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"

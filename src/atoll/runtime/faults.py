@@ -1,17 +1,21 @@
-"""Fault points: places where tests let a process die. They cost nothing unless a test has armed them.
+"""Fault points: places where tests let a process die or wait. They cost nothing unless a test has armed them.
 
 Real processes: ``ATOLL_FAULT_FILE`` names a file that holds a point's name; the process that reaches the point removes the file and
-kills itself with SIGKILL. Simulations set ``handler``, which may raise or wait.
+kills itself with SIGKILL. After ``hold `` and a name it renames the file to ``FILE.held`` instead, and waits at the point until that is
+removed. Simulations set ``handler``, which may raise or wait.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from collections.abc import Awaitable, Callable
 
 handler: Callable[[str], Awaitable[None]] | None = None
 _file = os.environ.get("ATOLL_FAULT_FILE")
+#: Seconds that a process waits at a point at most, and between looks.
+_HOLD, _LOOK = 300.0, 0.02
 
 
 async def point(name: str) -> None:
@@ -19,10 +23,10 @@ async def point(name: str) -> None:
     if handler is not None:
         await handler(name)
     if _file is not None:
-        _strike(_file, name)
+        await _strike(_file, name)
 
 
-def _strike(path: str, name: str) -> None:
+async def _strike(path: str, name: str) -> None:
     try:
         with open(path) as file:
             wanted = file.read().strip()
@@ -31,3 +35,9 @@ def _strike(path: str, name: str) -> None:
     if wanted == name:
         os.unlink(path)
         os.kill(os.getpid(), signal.SIGKILL)
+    elif wanted == f"hold {name}":
+        held = f"{path}.held"
+        os.rename(path, held)
+        end = asyncio.get_running_loop().time() + _HOLD
+        while os.path.exists(held) and asyncio.get_running_loop().time() < end:
+            await asyncio.sleep(_LOOK)
