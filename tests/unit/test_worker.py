@@ -1,0 +1,125 @@
+"""Calls that may hang, in processes that can be killed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from atoll.model.errors import DeadlineExceeded, HostError, PoolFull, PoolUnavailable, Unreachable
+from atoll.runtime import worker as module
+from atoll.runtime.worker import Worker
+
+HERE = str(Path(__file__).parent)
+
+
+@pytest.fixture
+async def worker(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Worker]:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([HERE, *sys.path]))
+    found = Worker("pool x", "worker_calls")
+    yield found
+    await found.close()
+
+
+async def test_a_result_comes_back_and_the_child_is_kept(worker: Worker) -> None:
+    first = await worker.call("echo", 20, value=[1, "a"])
+    second = await worker.call("echo", 20, value=None)
+    assert first["value"] == [1, "a"]
+    assert first["pid"] == second["pid"] != os.getpid()
+
+
+async def test_errors_keep_their_kind(worker: Worker) -> None:
+    with pytest.raises(PoolFull, match="no room") as caught:
+        await worker.call("full", 20)
+    assert caught.value.hint == "make room"
+    with pytest.raises(HostError, match="ZeroDivisionError: oops"):
+        await worker.call("bug", 20)
+
+
+async def test_a_call_that_hangs_ends_at_its_deadline_and_the_next_one_works(worker: Worker) -> None:
+    pid = (await worker.call("echo", 20, value=1))["pid"]
+    with pytest.raises(DeadlineExceeded):
+        await worker.call("hang", 0.3)
+    assert not Path(f"/proc/{pid}").exists()
+    assert (await worker.call("echo", 20, value=2))["value"] == 2
+    assert worker.stalled() == ""
+
+
+async def test_a_child_that_dies_leaves_the_outcome_unknown(worker: Worker) -> None:
+    with pytest.raises(Unreachable):
+        await worker.call("die", 20)
+    assert (await worker.call("echo", 20, value=2))["value"] == 2
+
+
+async def test_a_killed_child_leaves_the_outcome_unknown(worker: Worker) -> None:
+    pid = (await worker.call("echo", 20, value=1))["pid"]
+    task = asyncio.ensure_future(worker.call("nap", 20, seconds=10))
+    await asyncio.sleep(0.2)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(Unreachable):
+        await task
+
+
+async def test_a_slow_call_does_not_hold_up_a_quick_one(worker: Worker) -> None:
+    slow = asyncio.ensure_future(worker.call("nap", 30, seconds=1.5))
+    await worker.call("echo", 20, value=1)
+    assert not slow.done()
+    await slow
+
+
+async def test_waiting_for_a_free_child_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([HERE, *sys.path]))
+    narrow = Worker("pool x", "worker_calls", lanes=1)
+    await narrow.call("echo", 20, value=1)
+    slow = asyncio.ensure_future(narrow.call("nap", 30, seconds=2))
+    await asyncio.sleep(0.1)
+    with pytest.raises(DeadlineExceeded, match="other calls"):
+        await narrow.call("echo", 0.2, value=1)
+    await slow
+    await narrow.close()
+
+
+async def test_a_cancelled_call_ends_its_child(worker: Worker) -> None:
+    pid = (await worker.call("echo", 20, value=1))["pid"]
+    task = asyncio.ensure_future(worker.call("hang", 60))
+    await asyncio.sleep(0.2)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not Path(f"/proc/{pid}").exists()
+
+
+async def test_too_many_abandoned_children_stall_the_pool(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = []
+
+    async def unkillable(child: module._Child) -> bool:
+        kept.append(child.process)
+        return False
+
+    real = module._Child.kill
+    monkeypatch.setattr(module._Child, "kill", unkillable)
+    for _ in range(3):
+        with pytest.raises(DeadlineExceeded):
+            await worker.call("hang", 0.3)
+    assert "hang in the kernel" in worker.stalled()
+    with pytest.raises(PoolUnavailable, match="stalled"):
+        await worker.call("echo", 5, value=1)
+    monkeypatch.setattr(module._Child, "kill", real)
+    kept[0].kill()
+    kept[0].wait()
+    assert worker.stalled() == ""
+    assert (await worker.call("echo", 20, value=1))["value"] == 1
+    for process in kept[1:]:
+        process.kill()
+        process.wait()
+
+
+async def test_close_leaves_no_process(worker: Worker) -> None:
+    pid = (await worker.call("echo", 20, value=1))["pid"]
+    await worker.close()
+    assert not Path(f"/proc/{pid}").exists()

@@ -1,0 +1,35 @@
+"""Functions for the workers of test_worker.py."""
+
+import os
+import time
+from typing import Any
+
+from atoll.model.errors import PoolFull
+
+
+def echo(value: Any) -> Any:
+    return {"value": value, "pid": os.getpid()}
+
+
+def hang() -> None:
+    time.sleep(600)
+
+
+def nap(seconds: float) -> int:
+    time.sleep(seconds)
+    return os.getpid()
+
+
+def full() -> None:
+    raise PoolFull("no room", hint="make room")
+
+
+def bug() -> None:
+    raise ZeroDivisionError("oops")
+
+
+def die() -> None:
+    os._exit(3)
+
+
+FUNCTIONS = {f.__name__: f for f in (echo, hang, nap, full, bug, die)}
