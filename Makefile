@@ -1,26 +1,36 @@
-# The two commands of a newcomer are `make demo` and `make test`.
+# Atoll: `make help` tells what there is.
+SHELL := /bin/bash
 .DEFAULT_GOAL := help
-PYTHON := .venv/bin/python
+.PHONY: help demo test check lint clean
 
-.PHONY: help setup demo test check clean
+# How many tests run side by side; those that start guests or labs take turns whatever this is.
+JOBS ?= 2
+# More options for pytest, such as TESTS="tests/unit -k certs" or TESTS="-m 'not qemu'".
+TESTS ?=
+PYTEST = .venv/bin/python -m pytest -n $(JOBS) --dist loadgroup
 
-help: ## Show this
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /	/' | expand -t 12
+help:  ## what can be made
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: ## Install what is needed (Debian packages, .venv)
-	@scripts/setup.sh
+demo:  ## shows what Atoll does, in about a minute (KEEP=1 leaves the lab; as root with real guests)
+	@scripts/setup.sh demo
+	@KEEP='$(KEEP)' .venv/bin/python -m atoll.lab.demo
 
-demo: setup ## Tell and show the story on this machine (KEEP=1 leaves the lab)
-	@KEEP=$(KEEP) $(PYTHON) -m atoll.lab.demo
+test:  ## runs every test (as root: also those with real guests and nodes)
+	@scripts/setup.sh test
+	@$(PYTEST) $(TESTS)
 
-test: setup ## Run every test
-	@scripts/test.sh
+check:  ## a look in under a minute: lint, and the fast tests
+	@scripts/setup.sh check
+	@$(MAKE) --no-print-directory lint
+	@$(PYTEST) -q -m 'not slow and not qemu and not root' tests/unit $(TESTS)
 
-check: setup ## Lint, types, layers and the fast tests, in under a minute
-	@.venv/bin/ruff check src tests
-	@.venv/bin/mypy
-	@.venv/bin/lint-imports
-	@$(PYTHON) -m pytest -q -n 2 -m "not slow and not root and not qemu" tests/unit tests/simulation
+lint:  ## style, types, and who imports whom
+	@scripts/setup.sh check
+	.venv/bin/ruff check src tests scripts
+	.venv/bin/mypy
+	.venv/bin/lint-imports
 
-clean: ## Remove the virtual environment and caches
-	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist
+clean:  ## removes what was built here; labs and the system's packages stay
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
