@@ -11,8 +11,11 @@ HERE = Path(__file__).parent
 HEAVY = ("integration", "faults")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The group of an item is nearer than its module's, so it prevails."""
+    """One group for all of them. Their own groups go, because xdist would make one of each combination."""
     for item in items:
         if item.path.relative_to(HERE).parts[0] in HEAVY:
+            for part in item.listchain():
+                part.own_markers = [mark for mark in part.own_markers if mark.name != "xdist_group"]
             item.add_marker(pytest.mark.xdist_group("heavy"))
