@@ -7,7 +7,7 @@ SHELL := /bin/bash
 JOBS ?= 2
 # More options for pytest, such as TESTS="tests/unit -k certs" or TESTS="-m 'not qemu'".
 TESTS ?=
-PYTEST = .venv/bin/python -m pytest -n $(JOBS) --dist loadgroup
+PYTEST = .venv/bin/python -m pytest -n $(JOBS)
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
