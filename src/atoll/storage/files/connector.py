@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pwd
 from typing import Literal
 
 from atoll.model.errors import InvalidInput
 from atoll.model.messages import Attached, Connection, PoolRef
 from atoll.storage import registry
-from atoll.storage.files import images
+from atoll.storage.files import images, making
 from atoll.storage.files.directory import Directory
 
 
@@ -21,9 +23,11 @@ class FileConnector:
         return Directory(moved, shared=not registry.info(ref.driver).node_local)
 
     def attach(self, connection: Connection, access: Literal["kernelspace", "userspace"]) -> Attached:
-        """See ``Connector``. The pool's mark is checked: a guest never opens a file in a bare mount point."""
+        """See ``Connector``. The pool's mark is checked: a guest never opens a file in a bare mount point. The image is given to the
+        guests' user of this node: an adopted one had another owner, and the user's number may differ between nodes."""
         directory, logical_id = self._directory(connection), connection.data["logical_id"]
-        with directory.open() as fd, images.opened(fd, logical_id, os.O_RDWR):
+        with directory.open() as fd, images.opened(fd, logical_id, os.O_RDWR) as image:
+            self._give(image)
             direct = self._can_direct(fd, logical_id)
         path = f"{directory.path}/{logical_id}"
         blockdev = {
@@ -35,6 +39,13 @@ class FileConnector:
             "cache": {"direct": direct, "no-flush": False},
         }
         return Attached(volume=connection.volume, path=path, blockdev=blockdev)
+
+    def _give(self, image: int) -> None:
+        owner = os.environ.get("ATOLL_GUEST_USER", "")
+        # Without such a user, or without the right (root is nobody on some shares), the hypervisor will say what it cannot open.
+        with contextlib.suppress(KeyError, PermissionError):
+            if owner and os.geteuid() == 0 and os.fstat(image).st_uid != pwd.getpwnam(owner).pw_uid:
+                making.give(image, owner)
 
     def _can_direct(self, directory: int, logical_id: str) -> bool:
         """Not every file system has O_DIRECT (tmpfs has not)."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Literal
 
 from atoll.model.errors import AtollError, NotSupported
 from atoll.model.messages import Connection, PoolRef, PoolStatus, Space, VolumeStat, Writer
 from atoll.storage.contract import VolumeSpec
-from atoll.storage.files import images, locks
-from atoll.storage.files.directory import Directory, mount_of
+from atoll.storage.files import images, locks, making, options
+from atoll.storage.files.directory import Directory
+from atoll.storage.files.mountinfo import mount_of
 
 _PROBE = ".atoll-probe"
 #: Probe locks that this process holds: pool and directory -> descriptor.
@@ -22,23 +24,27 @@ class FilePool:
     def __init__(self, ref: PoolRef, *, shared: bool, sub: str = "") -> None:
         self.ref = ref
         self.directory = Directory(ref, shared=shared, sub=sub)
-        self._preallocation = ref.options.get("preallocation", "off")
-        self._locking = ref.options.get("locking", "on") == "on"
         self._owner = os.environ.get("ATOLL_GUEST_USER", "")
 
+    @property
+    def _options(self) -> options.FileOptions:
+        return options.parse(self.ref)
+
     def prepare(self, *, create: bool) -> PoolStatus:
-        """See ``PoolDriver``."""
-        with self.directory.open(unmarked=True) as fd:
+        """See ``PoolDriver``. Leftovers of broken-off creations are removed."""
+        with self.directory.open(unmarked=create) as fd:
             if create:
                 self.directory.mark(fd)
-            else:
-                self.directory.check_mark(fd)
+            if self._options.locking:
+                making.clean(fd)
         return self.check()
 
     def forget(self) -> None:
         """See ``PoolDriver``."""
         with self.directory.open(unmarked=True) as fd:
-            self.directory.unmark(fd)
+            if self.directory.unmark(fd):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(_PROBE, dir_fd=fd)
 
     def check(self) -> PoolStatus:
         """See ``PoolDriver``."""
@@ -46,6 +52,8 @@ class FilePool:
             with self.directory.open() as fd:
                 mount = mount_of(fd)
                 details = {"mount": mount.point, "file system": mount.fstype}
+                if os.fstatvfs(fd).f_flag & os.ST_RDONLY:
+                    return PoolStatus(ok=False, reason=f"{self.directory.path} is mounted read-only", details=details)
             return PoolStatus(ok=True, space=self.space(), details=details)
         except AtollError as error:
             return PoolStatus(ok=False, reason=error.message)
@@ -58,24 +66,30 @@ class FilePool:
 
     def create(self, spec: VolumeSpec) -> str:
         """See ``PoolDriver``."""
-        preallocation = spec.options.get("preallocation", self._preallocation)
+        chosen = self._options
+        preallocation = options.preallocation_of(spec.options, chosen.preallocation)
         with self.directory.open() as fd:
-            return images.create(fd, spec.name, spec.volume, spec.size, preallocation, self._owner)
+            return making.create(
+                fd, spec.name, spec.volume, spec.size, preallocation=preallocation, owner=self._owner, locking=chosen.locking
+            )
 
     def delete(self, logical_id: str) -> None:
         """See ``PoolDriver``."""
         with self.directory.open() as fd:
-            images.delete(fd, logical_id)
+            if logical_id.startswith(images.TEMPORARY) and images.volume_of(logical_id):
+                making.discard(fd, logical_id, locking=self._options.locking)
+            else:
+                images.delete(fd, logical_id, locking=self._options.locking)
 
     def grow(self, logical_id: str, size: int) -> int:
         """See ``PoolDriver``."""
         with self.directory.open() as fd:
-            return images.grow(fd, logical_id, size, self._preallocation)
+            return making.grow(fd, logical_id, size, preallocation=self._options.preallocation)
 
     def rename(self, logical_id: str, volume: str, name: str) -> str:
         """See ``PoolDriver``."""
         with self.directory.open() as fd:
-            return images.rename(fd, volume, name)
+            return images.rename(fd, logical_id, volume, name, locking=self._options.locking)
 
     def stat(self, logical_id: str) -> VolumeStat | None:
         """See ``PoolDriver``."""
@@ -90,11 +104,11 @@ class FilePool:
     def adopt(self, source: str, volume: str) -> VolumeStat:
         """See ``PoolDriver``. The image stays where it is and keeps its name."""
         with self.directory.open() as fd:
-            return images.adopt(fd, source)
+            return images.adopt(fd, source, locking=self._options.locking)
 
     def writers(self, logical_id: str) -> list[Writer]:
         """See ``PoolDriver``."""
-        if not self._locking:
+        if not self._options.locking:
             return []
         with self.directory.open() as fd:
             return images.writers(fd, logical_id)
@@ -106,7 +120,7 @@ class FilePool:
             if key in _held:
                 os.close(_held.pop(key))
             return True
-        if not self._locking:
+        if not self._options.locking:
             return False
         with self.directory.open() as directory:
             fd = os.open(_PROBE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory)
@@ -126,7 +140,7 @@ class FilePool:
             "pool": self.ref.model_dump(mode="json"),
             "directory": self.directory.path,
             "logical_id": images.check_plain(logical_id),
-            "locking": self._locking,
+            "locking": self._options.locking,
         }
         return Connection(driver=self.ref.driver, volume=volume, size=size, data=data)
 
