@@ -1,19 +1,25 @@
-"""A worker process: ``python -m atoll.runtime.workermain FD MODULE``. Carries out calls one after the other, JSON lines over a socket.
+"""A worker process: ``python -m atoll.runtime.workermain FD MODULE PARENT``. Carries out calls one after the other, JSON lines over a
+socket.
 
-It ends when its parent does: the socket closes. A call that hangs is ended from outside, by SIGKILL.
+It ends when its parent does, also in the middle of a call: the next agent must not meet what the last one had begun. A call that
+hangs is ended from outside, by SIGKILL.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
 import signal
 import socket
 import sys
+import traceback
 from typing import Any
 
 from atoll.model.errors import AtollError, HostError
+
+_PR_SET_PDEATHSIG = 1
 
 
 def carry_out(functions: dict[str, Any], line: bytes) -> dict[str, Any]:
@@ -27,11 +33,16 @@ def carry_out(functions: dict[str, Any], line: bytes) -> dict[str, Any]:
         return {"error": HostError(f"{error.filename or 'the system'}: {error.strerror or error}").to_wire()}
     except Exception as error:  # noqa: BLE001
         # A bug must reach the caller as an error of this call, and not look like a worker that died.
+        traceback.print_exc()
         return {"error": HostError(f"{type(error).__name__}: {error}", hint="this is a bug; see the agent's log").to_wire()}
 
 
 def main() -> None:
     """Serve until the socket closes."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != int(sys.argv[3]):
+        # It died before the kernel was asked to tell.
+        os._exit(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = socket.socket(fileno=int(sys.argv[1]))
     functions = importlib.import_module(sys.argv[2]).FUNCTIONS
