@@ -119,6 +119,21 @@ async def test_only_qemu_with_this_pid_file_is_the_guest(tmp_path: Path) -> None
             started.wait()
 
 
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_guests_of_a_lab_inside_this_machine_are_not_ours(tmp_path: Path) -> None:
+    kept = GuestFiles(tmp_path, "i-1")
+    code = f"exec -a {command.BINARY} {sys.executable} -c 'print(1, flush=True); import time; time.sleep(60)' -pidfile {kept.pidfile}"
+    inside = subprocess.Popen(["unshare", "--pid", "--fork", "--kill-child", "bash", "-c", code], stdout=subprocess.PIPE)
+    try:
+        assert inside.stdout is not None
+        assert inside.stdout.readline() == b"1\n"
+        assert process.find(kept) == []
+    finally:
+        inside.kill()
+        inside.wait()
+
+
 def test_words_of_a_lock() -> None:
     assert process.is_lock_failure('Failed to get "write" lock')
     assert not process.is_lock_failure("No such file")

@@ -35,11 +35,21 @@ def state(pid: int) -> str:
 
 
 def pidfile_of(pid: int) -> str:
-    """The pid file that a QEMU process was started with; empty for any other process."""
+    """The pid file that a QEMU process of this node was started with; empty for any other process."""
     argv = arguments(pid)
     if not argv or os.path.basename(argv[0]) != BINARY or "-pidfile" not in argv[:-1]:
         return ""
+    # Nodes of a lab, and containers, are visible from outside, and have their guests under the same paths: those are not ours to kill.
+    if _namespace(pid) != _namespace("self"):
+        return ""
     return argv[argv.index("-pidfile") + 1]
+
+
+def _namespace(pid: int | str) -> int:
+    try:
+        return os.stat(f"/proc/{pid}/ns/pid").st_ino
+    except OSError:
+        return 0
 
 
 def scan() -> Iterator[tuple[int, str]]:
