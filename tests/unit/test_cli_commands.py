@@ -79,7 +79,7 @@ CASES: list[tuple[str, Sent]] = [
     ("atoll group assign-nodes default node1 node2", ("group.assign-nodes", "default", {"nodes": ["node1", "node2"]})),
     ("atoll group remove default", ("group.remove", "default", {})),
     ("atoll node modify node1 --offline", ("node.modify", "node1", {"offline": True})),
-    ("atoll node modify --undrained --role vm node1", ("node.modify", "node1", {"drained": False, "roles": ["vm"]})),
+    ("atoll node modify --drained no --role vm node1", ("node.modify", "node1", {"drained": False, "roles": ["vm"]})),
     ("atoll node migrate node1 -n node2", ("node.migrate", "node1", {"target": "node2"})),
     ("atoll node failover node1 --node-is-dead", ("node.failover", "node1", {"node_is_dead": True})),
     ("atoll node evacuate node1", ("node.evacuate", "node1", {})),

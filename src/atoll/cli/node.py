@@ -14,7 +14,7 @@ from atoll.cli import settings, tags, work
 from atoll.cli.client import Client
 from atoll.cli.cluster import config_option, set_option
 from atoll.cli.lazy import OrderedGroup
-from atoll.cli.options import complete, confirm, force_option, format_option, job_options, on_node, pairs, target
+from atoll.cli.options import complete, confirm, force_option, format_option, job_options, on_node, pairs, target, unasked_option
 from atoll.cli.output import print_data
 from atoll.cli.reads import info_command, list_command
 from atoll.model.errors import HostError, InvalidInput
@@ -119,8 +119,8 @@ def join(master: str, name: str, address: str, token_file: str, config: str, ove
 
 @node.command()
 @target("node")
-@click.option("--offline/--online", default=None, help="Nothing is asked of an offline node.")
-@click.option("--drained/--undrained", default=None, help="A drained node gets nothing new.")
+@click.option("--offline", type=bool, is_flag=False, flag_value="yes", metavar="[yes|no]", help="Nothing is asked of an offline node.")
+@click.option("--drained", type=bool, is_flag=False, flag_value="yes", metavar="[yes|no]", help="A drained node gets nothing new.")
 @click.option("--role", "roles", multiple=True, metavar="ROLE", help="Its roles; replaces all.")
 @job_options
 def modify(target: str, offline: bool | None, drained: bool | None, roles: tuple[str, ...], **options: Any) -> None:
@@ -131,7 +131,7 @@ def modify(target: str, offline: bool | None, drained: bool | None, roles: tuple
 def change(name: str, offline: bool | None, drained: bool | None, roles: list[str] | None, options: dict[str, Any]) -> None:
     """Ask for the change; refuses one that changes nothing."""
     if offline is None and drained is None and roles is None:
-        raise InvalidInput("nothing to change is given", hint="--offline, --online, --drained, --undrained or --role")
+        raise InvalidInput("nothing to change is given", hint="--offline yes|no, --drained yes|no or --role")
     work.run("node", "modify", name, {"offline": offline, "drained": drained, "roles": roles}, **options)
 
 
@@ -141,6 +141,7 @@ _dead_option = click.option("--node-is-dead", is_flag=True, help="Your word that
 @node.command()
 @target("node")
 @on_node("Where to; default: the best place for each.")
+@unasked_option
 @job_options
 def migrate(target: str, node: str | None, **options: Any) -> None:
     """Move all instances of a node alive."""
@@ -151,6 +152,7 @@ def migrate(target: str, node: str | None, **options: Any) -> None:
 @target("node")
 @on_node("Where to; default: the best place for each.")
 @_dead_option
+@unasked_option
 @job_options
 def failover(target: str, node: str | None, node_is_dead: bool, **options: Any) -> None:
     """Start all instances of a node elsewhere; if it does not answer, only with --node-is-dead."""
@@ -161,6 +163,7 @@ def failover(target: str, node: str | None, node_is_dead: bool, **options: Any) 
 @target("node")
 @on_node("Where to; default: the best place for each.")
 @_dead_option
+@unasked_option
 @job_options
 def evacuate(target: str, node: str | None, node_is_dead: bool, **options: Any) -> None:
     """Empty a node: migrate what runs, move or start elsewhere the rest."""

@@ -56,6 +56,8 @@ def job_options(function: F) -> F:
 
 
 force_option = click.option("-f", "--force", is_flag=True, help="Do not ask.")
+#: For commands that never ask, but whose Ganeti namesakes do: scripts give the option.
+unasked_option = click.option("-f", "--force", is_flag=True, hidden=True, expose_value=False, help="Accepted for Ganeti's scripts.")
 
 
 def confirm(question: str, force: bool) -> None:
