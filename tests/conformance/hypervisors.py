@@ -84,6 +84,10 @@ class Harness(ABC):
         """Assert that every acknowledged record is on the disk; gives the newest."""
 
     @abstractmethod
+    def lives(self, pid: int | None) -> bool:
+        """Whether there is such a process, asked of the system itself."""
+
+    @abstractmethod
     async def kill_process(self, node: str, instance: str = INSTANCE) -> None:
         """kill -9, from outside."""
 
@@ -155,34 +159,34 @@ class FakeHarness(Harness):
         except FileNotFoundError:
             return ""
 
-    def acknowledged(self, node: str, instance: str = INSTANCE) -> int:
-        return max((int(n) for n in re.findall(r"^ACK (\d+)$", self.console(node, instance), re.MULTILINE)), default=0)
+    def acknowledged(self, node: str, instance: str = INSTANCE) -> list[int]:
+        return [int(n) for n in re.findall(r"^ACK (\d+)$", self.console(node, instance), re.MULTILINE)]
 
     async def records(self, node: str, count: int = 5, instance: str = INSTANCE) -> None:
         lines = self.console(node, instance).count("ACK ")
         await eventually(lambda: self.console(node, instance).count("ACK ") >= lines + count)
 
     def check(self, volume: str = "vol-0", *, node: str = "") -> int:
-        acknowledged = max(self.acknowledged(node) for node in NODES)
+        acknowledged = [n for here in NODES for n in self.acknowledged(here)]
+        assert len(acknowledged) == len(set(acknowledged)), "a record was acknowledged twice: a guest did not go on where it was"
         top, missing = ring(self.image(volume, node).read_bytes()[: 2048 * 512])
         assert not missing
-        assert top >= acknowledged > 0
+        assert top >= max(acknowledged) > 0
         return top
 
     def pid(self, node: str, instance: str = INSTANCE) -> int:
         return int((self.path / node / instance / "pid").read_text().split()[0])
 
+    def lives(self, pid: int | None) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+
     async def kill_process(self, node: str, instance: str = INSTANCE) -> None:
         pid = self.pid(node, instance)
         os.kill(pid, signal.SIGKILL)
-
-        def gone() -> bool:
-            try:
-                return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-            except (FileNotFoundError, ProcessLookupError):
-                return True
-
-        await eventually(gone)
+        await eventually(lambda: not self.lives(pid))
 
     async def hang(self, node: str, hung: bool = True, instance: str = INSTANCE) -> None:
         os.kill(self.pid(node, instance), signal.SIGSTOP if hung else signal.SIGCONT)
@@ -237,6 +241,9 @@ class MemoryHarness(Harness):
         assert not self.world.violations
         assert not self.world.missing()
         return self.world.images[self.world.image(node, volume)]
+
+    def lives(self, pid: int | None) -> bool:
+        return any(guest.pid == pid for guest in self.world.guests.values())
 
     async def kill_process(self, node: str, instance: str = INSTANCE) -> None:
         self.world.kill_guest(instance, node)

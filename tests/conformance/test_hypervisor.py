@@ -50,7 +50,11 @@ async def test_a_start_repeated_is_one_start(harness: Harness) -> None:
 
 
 async def test_starts_at_the_same_time_are_one_start(harness: Harness) -> None:
-    await asyncio.gather(*(harness.a.start(harness.spec(), quiet) for _ in range(4)))
+    async def start() -> int | None:
+        await harness.a.start(harness.spec(), quiet)
+        return (await harness.a.status(INSTANCE)).pid
+
+    assert len(set(await asyncio.gather(*(start() for _ in range(4))))) == 1
     assert [guest.state for guest in await harness.a.guests()] == ["running"]
 
 
@@ -90,9 +94,12 @@ async def test_readers_share_a_disk_but_not_with_a_writer(harness: Harness) -> N
 
 async def test_stop_with_grace(harness: Harness) -> None:
     await harness.a.start(harness.spec(), quiet)
+    pid = (await harness.a.status(INSTANCE)).pid
+    assert harness.lives(pid)
     assert await harness.a.stop(INSTANCE, 20, quiet) is True
     assert await harness.state(A) == "gone"
     assert await harness.a.guests() == []
+    assert not harness.lives(pid)
     assert await harness.a.stop(INSTANCE, 20, quiet) is True
 
 
@@ -108,15 +115,21 @@ async def test_a_guest_that_does_not_listen_is_killed_after_its_grace(harness: H
 
 async def test_stop_at_once(harness: Harness) -> None:
     await harness.a.start(harness.spec(), quiet)
+    pid = (await harness.a.status(INSTANCE)).pid
+    assert harness.lives(pid)
     assert await harness.a.stop(INSTANCE, 0, quiet) is False
     assert await harness.state(A) == "gone"
+    assert not harness.lives(pid)
 
 
 async def test_kill(harness: Harness) -> None:
     await harness.a.start(harness.spec(), quiet)
+    pid = (await harness.a.status(INSTANCE)).pid
+    assert harness.lives(pid)
     await harness.records(A)
     await harness.a.kill(INSTANCE)
     assert await harness.state(A) == "gone"
+    assert not harness.lives(pid)
     await harness.a.kill(INSTANCE)
     await harness.a.start(harness.spec(), quiet)
     await harness.records(A)
@@ -330,6 +343,7 @@ async def test_migrate_out_again_joins(harness: Harness) -> None:
 async def test_continue_twice_gives_the_same_figures(harness: Harness) -> None:
     await harness.a.migrate_out(INSTANCE, await harness.paired(), [], quiet)
     both = await asyncio.gather(*(harness.a.migrate_continue(INSTANCE, quiet) for _ in range(2)))
+    await asyncio.sleep(0.05)  # figures that were measured anew would differ by now
     assert both[0] == both[1] == await harness.new(A).migrate_continue(INSTANCE, quiet)
 
 

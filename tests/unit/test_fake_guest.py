@@ -22,7 +22,7 @@ from atoll.hypervisor import fakeguest
 from atoll.hypervisor.fake import FakeHypervisor
 from atoll.hypervisor.fakedisk import Disk, Refused, newest, record
 from atoll.model.errors import DiskInUse, GuestError, MigrationFailed
-from atoll.model.messages import Attached, GuestDisk, GuestSpec, Progress
+from atoll.model.messages import Attached, GuestDisk, GuestSpec, GuestStatus, Progress
 from atoll.model.objects import Boot
 
 VM = "i-0123456789abcdef0"
@@ -69,6 +69,13 @@ class Lab:
     def console(self, node: str = "a") -> str:
         path = self.path / node / VM / "console.log"
         return path.read_text() if path.exists() else ""
+
+    async def until(self, wanted: Callable[[GuestStatus], bool]) -> GuestStatus:
+        deadline = time.monotonic() + 30
+        while not wanted(status := await self.a.status(VM)):
+            assert time.monotonic() < deadline, f"still {status}"
+            await asyncio.sleep(0.01)
+        return status
 
     async def pid(self, node: FakeHypervisor) -> int:
         return (await node.status(VM)).pid or 0
@@ -195,10 +202,7 @@ async def test_its_locks_are_qemus(lab: Lab) -> None:
 async def test_an_io_error_pauses_it(lab: Lab) -> None:
     await lab.a.start(lab.spec(lab.disk(Path("/dev/full"))), quiet)
     await eventually(lambda: "CTR RESUME" in lab.console())
-    until = time.monotonic() + 30
-    while (status := await lab.a.status(VM)).state != "paused":
-        assert time.monotonic() < until
-        await asyncio.sleep(0.01)
+    status = await lab.until(lambda status: status.state == "paused")
     assert "No space left" in status.reason
     assert "ACK" not in lab.console()
     await lab.a.start(lab.spec(lab.disk(Path("/dev/full"))), quiet)
@@ -245,6 +249,18 @@ async def test_a_target_of_another_shape_refuses(lab: Lab) -> None:
     with pytest.raises(MigrationFailed, match="differs in memory"):
         await lab.a.migrate_out(VM, target, [], quiet)
     assert (await lab.a.status(VM)).state == "running"
+
+
+async def test_a_guest_that_ends_while_its_memory_moves_stays(lab: Lab) -> None:
+    await lab.a.start(lab.spec(append="ctr=vda fake.ram=5"), quiet)
+    target = await lab.b.incoming(lab.spec(append="ctr=vda fake.ram=5", generation=2), [], "a", quiet)
+    out = asyncio.create_task(lab.a.migrate_out(VM, target, [], quiet))
+    await lab.until(lambda status: status.migration == "active")
+    await lab.a._ask(VM, "powerdown", wait=5)
+    with pytest.raises(MigrationFailed, match="ended meanwhile"):
+        await out
+    assert (await lab.a.status(VM)).state == "shutdown"
+    assert (await lab.b.await_incoming(VM, 10)).state == "gone"
 
 
 async def test_the_console_can_be_watched(lab: Lab) -> None:
@@ -327,3 +343,4 @@ def test_records() -> None:
     torn = bytearray(record(10))
     torn[16] ^= 1
     assert newest(record(3) + bytes(torn)) == 3
+    assert newest(record(3) + record(10).replace(b"CTRREC01", b"CTRREC02")) == 3

@@ -248,6 +248,19 @@ def test_a_migration_goes_on_without_whoever_asked() -> None:
     virtually(story())
 
 
+def test_a_guest_that_ends_while_its_memory_moves_stays() -> None:
+    async def story() -> None:
+        pair = Pair()
+        call = asyncio.create_task(pair.a.migrate_out(VM, await pair.ready(), [], quiet))
+        await pair.until(pair.a, "active")
+        pair.world.end_guest(VM, "a")
+        with pytest.raises(MigrationFailed, match="ended meanwhile"):
+            await call
+        assert (await state(pair.a), await state(pair.b)) == ("shutdown", "gone")
+
+    virtually(story())
+
+
 @pytest.mark.parametrize(("phase", "after"), [("before", "gone"), ("after", "running")])
 def test_faults_strike_before_or_after_the_effect(phase: str, after: str) -> None:
     class Crash(Exception):
