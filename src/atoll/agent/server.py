@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
+import structlog
 from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -12,11 +13,12 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from atoll.agent.service import Service
-from atoll.model.errors import AtollError, Forbidden, MalformedRequest, RequestTooLarge
+from atoll.model.errors import AtollError, Forbidden, HostError, MalformedRequest, RequestTooLarge
 from atoll.model.messages import Call, Progress
 from atoll.rpc.https import lines
 from atoll.runtime import certs
 
+log = structlog.get_logger()
 #: Bytes of an order at most.
 LIMIT = 4 << 20
 
@@ -63,6 +65,10 @@ async def _answer(service: Service, order: Call) -> AsyncIterator[bytes]:
             yield lines(result=task.result())
         except AtollError as error:
             yield lines(error=error)
+        except Exception as error:
+            # A bug must reach the master as this order's error, not as a node that went away.
+            log.exception("order failed", method=order.method, job=order.job, step=order.step)
+            yield lines(error=HostError(f"the agent failed in {order.method}: {type(error).__name__}: {error}"))
     finally:
         # The master hung up: the order itself goes on, and its repeat joins it.
         task.cancel()

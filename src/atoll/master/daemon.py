@@ -37,15 +37,15 @@ async def run(config: Config) -> None:
     if leading.get(Cluster, "cluster") is None:
         await store.close()
         raise InvalidInput("the cluster was not made completely", hint="atoll cluster init NAME, again")
-    transport = HttpsTransport(lambda: certs.client_context(config.tls_dir))
-    leader = MasterLeader(leading, transport, SystemClock(), admission=Admission.load(config.tls_dir, config.masters))
+    transport = HttpsTransport(lambda: certs.client_context(config.master_tls_dir))
+    leader = MasterLeader(leading, transport, SystemClock(), admission=Admission.load(config.master_tls_dir, config.masters))
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     await leader.start()
     async with listening(
-        create_app(leader), socket_path=config.api_socket, host=config.address, port=config.master_port, tls_dir=config.tls_dir
+        create_app(leader), socket_path=config.api_socket, host=config.address, port=config.master_port, tls_dir=config.master_tls_dir
     ):
         notify_ready()
         log.info("master serves", node=config.node, port=config.master_port, term=leading.term)

@@ -53,7 +53,11 @@ class Reconciler:
                 self._seen.pop(instance.id, None)
                 continue
             self._quiet.setdefault(instance.id, now)
-            await self._instance(instance, now)
+            try:
+                await self._instance(instance, now)
+            except AtollError as error:
+                # Such as a disk that is held: that must not keep the other instances waiting.
+                log.warning("reconcile", instance=instance.name, error=error.message)
         await self._strangers()
 
     async def _instance(self, instance: Instance, now: float) -> None:

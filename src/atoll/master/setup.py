@@ -55,9 +55,11 @@ async def _init(name: str, config: Config) -> None:
         group = Group(id=new_id("group", rng), name="default")
         ident = new_id("node", rng)
         ca = certs.create_ca(name)
-        pair = certs.issue(ca, "master", ident, config.node, [config.address])
+        pair = certs.issue(ca, "node", ident, config.node, [config.address])
         certs.save(config.tls_dir, ca.cert_pem, pair.cert_pem, pair.key_pem)
-        write_durably(config.tls_dir / "ca.key", ca.key_pem, 0o600)
+        master = certs.issue(ca, "master", ident, config.node, [config.address])
+        certs.save(config.master_tls_dir, ca.cert_pem, master.cert_pem, master.key_pem)
+        write_durably(config.master_tls_dir / "ca.key", ca.key_pem, 0o600)
         SecretBox.load_or_create(config.etc_dir / "master.key")
         first = Node(
             id=ident,

@@ -49,6 +49,11 @@ class Config(BaseModel):
         return self.etc_dir / "tls"
 
     @property
+    def master_tls_dir(self) -> Path:
+        """The same of a master, and the CA's key. Apart from the node's: guests' processes get a copy of that one."""
+        return self.etc_dir / "master"
+
+    @property
     def api_socket(self) -> Path:
         """The master's Unix socket, for root on this machine."""
         return self.run_dir / "api.sock"
