@@ -9,15 +9,15 @@ import asyncio
 import contextlib
 import os
 import re
+import select
 import shutil
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from atoll.model.errors import DeadlineExceeded, HostError
 from atoll.model.messages import Progress
-from atoll.runtime.process import alive, process_start_time
 
 _NAMES = {
     "ca-cert.pem": "ca.pem",
@@ -27,14 +27,25 @@ _NAMES = {
     "client-key.pem": "key.pem",
 }
 _PERCENT = re.compile(rb"\((\d+\.\d+)/100%\)")
+_PID_FILE = "nbd.pid"
+#: Seconds for a server to start, and to end when it is asked to.
+_START, _GRACE = 20.0, 10.0
+#: Seconds for the last flush.
+_FLUSH = 120.0
 
 
 def credentials(tls_dir: Path, private: Path) -> Path:
-    """The node's certificate under QEMU's names, in a private directory."""
-    private.mkdir(parents=True, exist_ok=True, mode=0o700)
+    """The node's certificate under QEMU's names, as links in a private directory. Errors: HostError (there is none)."""
+    missing = [name for name in sorted(set(_NAMES.values())) if not (tls_dir / name).is_file()]
+    if missing:
+        raise HostError(
+            f"this node has no certificate for copies: {', '.join(missing)} missing in {tls_dir}",
+            hint="atoll node join makes one; disks are never copied unencrypted",
+        )
+    shutil.rmtree(private, ignore_errors=True)
+    private.mkdir(parents=True, mode=0o700)
     for name, source in _NAMES.items():
-        shutil.copyfile(tls_dir / source, private / name)
-        (private / name).chmod(0o600)
+        (private / name).symlink_to((tls_dir / source).absolute())
     return private
 
 
@@ -44,47 +55,126 @@ def _free_port(address: str) -> int:
         return int(probe.getsockname()[1])
 
 
+def _cache(path: str) -> str:
+    """QEMU's cache mode: past the page cache where the file system can. Both modes keep the order to flush."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
+    except OSError:
+        return "writeback"
+    return "none"
+
+
+def _image(path: str) -> str:
+    """The image in QEMU's words: zeros that come over the wire make holes in a sparse one, and keep the blocks of a preallocated one."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise HostError(f"cannot serve {path}: {error.strerror}") from None
+    discard = "unmap" if status.st_blocks * 512 < status.st_size else "ignore"
+    # In both layers: qemu-nbd's own option leaves the lower one at unmap.
+    return f"driver=raw,discard={discard},file.driver=file,file.discard={discard},file.aio=threads,file.filename={path.replace(',', ',,')}"
+
+
 async def serve(path: str, address: str, tls_dir: Path, peer: str, run_dir: Path) -> tuple[int, int]:
     """Serve the raw image to the node ``peer`` alone; (port, pid). Its process outlives the agent; ``unserve`` ends it.
 
-    Errors: HostError with qemu-nbd's words.
+    Errors: HostError with qemu-nbd's words, DeadlineExceeded.
     """
     tls = credentials(tls_dir, run_dir / "tls")
-    port = _free_port(address)
-    pid_file = run_dir / "nbd.pid"
-    argv = ["qemu-nbd", "--fork", "--persistent", "--shared=1", "--format=raw", "--cache=none", "--aio=threads", "--export-name=disk"]
-    argv += [f"--bind={address}", f"--port={port}", f"--pid-file={pid_file}"]
+    pid_file = run_dir / _PID_FILE
+    argv = ["qemu-nbd", "--fork", "--persistent", "--shared=1", "--image-opts", "--export-name=disk"]
+    argv += [f"--cache={_cache(path)}", f"--bind={address}", f"--pid-file={pid_file}"]
     argv += ["--object", f"tls-creds-x509,id=tls,dir={tls},endpoint=server,verify-peer=on", "--tls-creds=tls"]
-    argv += ["--object", f"authz-simple,id=peer,identity=CN={peer}", "--tls-authz=peer", path]
-    process = await asyncio.create_subprocess_exec(
-        *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
-    )
+    argv += ["--object", f"authz-simple,id=peer,identity=CN={peer}", "--tls-authz=peer"]
+    image = _image(path)
+    for _ in range(5):
+        port = _free_port(address)
+        code, said = await _start([*argv, f"--port={port}", image], run_dir)
+        if code == 0:
+            return port, int(pid_file.read_text())
+        # Somebody else may take the port between our look and its use.
+        if "Address already in use" not in said:
+            break
+    raise HostError(f"qemu-nbd cannot serve {path}: {said}")
+
+
+async def _start(argv: list[str], run_dir: Path) -> tuple[int, str]:
+    """Run a program that goes into the background: its code and its words. They go to a file: the server keeps its stderr."""
+    words = run_dir / "nbd.log"
+    with words.open("wb") as log:
+        try:
+            process = await asyncio.create_subprocess_exec(*argv, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log)
+        except FileNotFoundError:
+            raise HostError(f"there is no command {argv[0]}", hint="apt install qemu-utils") from None
     try:
-        async with asyncio.timeout(20):
-            _, said = await process.communicate()
+        async with asyncio.timeout(_START):
+            code = await process.wait()
     except TimeoutError:
-        process.kill()
-        raise DeadlineExceeded("qemu-nbd did not start within 20 s") from None
-    if process.returncode:
-        raise HostError(f"qemu-nbd cannot serve {path}: {said.decode(errors='replace').strip()}")
-    pid = int(pid_file.read_text())
-    (run_dir / "nbd.start").write_text(f"{pid} {process_start_time(pid)}")
-    return port, pid
+        await unserve(run_dir)
+        raise DeadlineExceeded(f"qemu-nbd did not start within {_START:g} s") from None
+    finally:
+        await _end(process)
+    return code, words.read_text(errors="replace").strip()
+
+
+@contextlib.contextmanager
+def _server(run_dir: Path) -> Iterator[int | None]:
+    """A handle on the server of this directory, None when there is none. The handle stays its own, whatever becomes of its number."""
+    pid_file = run_dir / _PID_FILE
+    try:
+        pid = int(pid_file.read_text())
+        handle = os.pidfd_open(pid)
+    except (FileNotFoundError, ValueError, ProcessLookupError):
+        yield None
+        return
+    try:
+        # The number may be another process' by now; what names this very file is the server.
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        yield handle if f"--pid-file={pid_file}".encode() in command else None
+    except (FileNotFoundError, ProcessLookupError):
+        yield None
+    finally:
+        os.close(handle)
 
 
 async def unserve(run_dir: Path) -> None:
-    """End the server of this directory; none is success."""
-    with contextlib.suppress(FileNotFoundError):
-        pid, start = (int(word) for word in (run_dir / "nbd.start").read_text().split())
-        if alive(pid, start):
-            os.kill(pid, signal.SIGTERM)
-            end = asyncio.get_running_loop().time() + 10
-            while alive(pid, start):
-                if asyncio.get_running_loop().time() > end:
-                    os.kill(pid, signal.SIGKILL)
+    """End the server of this directory, letting it flush; none is success. Errors: HostError when it does not go."""
+    with _server(run_dir) as handle:
+        if handle is not None:
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(handle, number)
+                if await _gone(handle):
                     break
-                await asyncio.sleep(0.05)
+            else:
+                raise HostError(f"the server of a copy does not end (its pid is in {run_dir / _PID_FILE})", hint="look at the kernel log")
     shutil.rmtree(run_dir, ignore_errors=True)
+
+
+async def _gone(handle: int) -> bool:
+    """Whether the process ends within the grace."""
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    if select.select([handle], [], [], 0)[0]:
+        return True
+    loop.add_reader(handle, ended.set)
+    try:
+        async with asyncio.timeout(_GRACE):
+            await ended.wait()
+    except TimeoutError:
+        return False
+    finally:
+        loop.remove_reader(handle)
+    return True
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Kill it if it still runs, and wait for it: not for ever, since it may hang in the kernel."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_GRACE):
+                await process.wait()
 
 
 async def push(
@@ -92,31 +182,48 @@ async def push(
 ) -> None:
     """Copy the raw image into the one that ``server`` (the node's name) serves; flushed there when this returns.
 
-    Errors: HostError with qemu-img's words, DeadlineExceeded. If the waiting task is cancelled, the copying ends too.
+    Errors: HostError with the words of QEMU's tools, DeadlineExceeded. If the waiting task is cancelled, the copying ends too.
     """
-    private = run_dir / "tls"
-    tls = credentials(tls_dir, private)
+    tls = credentials(tls_dir, run_dir / "tls")
     target = f"driver=nbd,server.type=inet,server.host={host},server.port={port},export=disk,tls-creds=tls,tls-hostname={server}"
-    argv = ["qemu-img", "convert", "-n", "-p", "-t", "none", "-T", "none", "-f", "raw"]
-    argv += ["--object", f"tls-creds-x509,id=tls,dir={tls},endpoint=client,verify-peer=on", "--target-image-opts", path, target]
+    secure = ["--object", f"tls-creds-x509,id=tls,dir={tls},endpoint=client,verify-peer=on"]
+    copying = ["qemu-img", "convert", "-n", "-p", "-t", "none", "-T", _cache(path), "-f", "raw", *secure]
+    copying += ["--target-image-opts", path, target]
+    # qemu-img does not tell whether its last flush failed; this does.
+    flushing = ["qemu-io", *secure, "--image-opts", "-c", "flush", target]
+    try:
+        await _run(copying, deadline, report)
+        await _run(flushing, _FLUSH, report)
+    finally:
+        shutil.rmtree(run_dir, ignore_errors=True)
+
+
+async def _run(argv: list[str], deadline: float, report: Callable[[Progress], None]) -> None:
+    # setpriv: the copying ends with the agent; the next one begins anew.
     process = await asyncio.create_subprocess_exec(
-        *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        "setpriv",
+        "--pdeathsig=KILL",
+        *argv,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
     )
-    assert process.stdout is not None
-    assert process.stderr is not None
+    out, err = process.stdout, process.stderr
+    assert out is not None
+    assert err is not None
+    words = asyncio.create_task(err.read())
+    rest = b""
     try:
         async with asyncio.timeout(deadline):
-            while part := await process.stdout.read(256):
-                found = _PERCENT.findall(part)
-                if found:
+            while part := await out.read(4096):
+                rest = rest[-64:] + part
+                if found := _PERCENT.findall(rest):
                     report(Progress(percent=float(found[-1]), text="copying the disk"))
-            said = await process.stderr.read()
+            said = await words
             if await process.wait():
                 raise HostError(f"the copy failed: {said.decode(errors='replace').strip()}")
     except TimeoutError:
         raise DeadlineExceeded(f"the copy took longer than {deadline:g} s") from None
     finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-        shutil.rmtree(run_dir, ignore_errors=True)
+        words.cancel()
+        await _end(process)

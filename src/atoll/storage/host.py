@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from atoll.model.messages import PoolRef
@@ -29,7 +30,12 @@ class StorageHost:
     async def pool(self, ref: PoolRef, method: str, deadline: float, **args: Any) -> Any:
         """See ``StorageAccess``."""
         worker = self._worker(ref.id, method)
-        return await worker.call("pool", deadline, ref=ref.model_dump(mode="json"), method=method, args=args)
+        result = await worker.call("pool", deadline, ref=ref.model_dump(mode="json"), method=method, args=args)
+        if method == "forget":
+            for key in (ref.id, f"{ref.id}/sticky"):
+                if key in self._workers:
+                    await self._workers.pop(key).close()
+        return result
 
     async def connector(self, pool: str, driver: str, method: str, deadline: float, **args: Any) -> Any:
         """See ``StorageAccess``."""
@@ -41,5 +47,4 @@ class StorageHost:
 
     async def close(self) -> None:
         """See ``StorageAccess``."""
-        for worker in self._workers.values():
-            await worker.close()
+        await asyncio.gather(*(worker.close() for worker in self._workers.values()))
