@@ -10,7 +10,7 @@ import structlog
 
 from atoll import __version__
 from atoll.agent.memory import Memory
-from atoll.model.errors import AtollError, DeadlineExceeded, NotFound, StepUndone
+from atoll.model.errors import AtollError, DeadlineExceeded, NotFound, StepUndone, Unreachable
 from atoll.model.messages import Call, Hello, Progress
 from atoll.rpc.contract import Report
 from atoll.runtime import faults
@@ -142,6 +142,8 @@ class Service:
                 task.cancel()
             raise DeadlineExceeded(f"{call.method} on {self.node} took longer than {call.deadline:g} s")
         if task.cancelled():
+            if self._stopped:
+                raise Unreachable(f"the agent on {self.node} ends; whoever comes next carries out {call.method} again")
             raise StepUndone(f"{call.method} on {self.node} was cancelled by its undo")
         return task.result()
 

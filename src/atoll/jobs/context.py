@@ -11,14 +11,18 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from atoll.jobs.steps import Changes, ReplayMismatch, Undo, args_hash
+from atoll.model.errors import Cancelled
 from atoll.model.messages import Progress
 from atoll.model.objects import Job, Step, StepState, Stored
 from atoll.runtime import faults
+from atoll.store.contract import CompareFailed
 
 if TYPE_CHECKING:
     from atoll.jobs.engine import Engine
 
 T = TypeVar("T")
+#: Seconds between attempts of a write that met another one of the same object.
+COMPARE_PAUSES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 
 
 async def unbroken(work: Awaitable[T]) -> T:
@@ -33,6 +37,12 @@ async def unbroken(work: Awaitable[T]) -> T:
             except asyncio.CancelledError:
                 continue
         raise
+
+
+def unless_cancelled(job: Job) -> None:
+    """Errors: Cancelled when somebody has asked for that, and the job can still be undone."""
+    if job.cancel_asked and not job.committed:
+        raise Cancelled(f"job {job.number} was cancelled")
 
 
 class JobContext:
@@ -75,7 +85,9 @@ class JobContext:
         if step is not None:
             return step.result
         result = function()
-        self._pending.append(self._new(key, "read", state=StepState.DONE, result=result))
+        record = self._record(key, "read", state=StepState.DONE, result=result)
+        self._pending.append(record)
+        self._add(record)
         return result
 
     async def write(self, key: str, function: Callable[[], Changes], undo: Undo | None = None) -> Any:
@@ -84,11 +96,26 @@ class JobContext:
         if step is not None:
             return step.result
         await self._point("before-write")
-        changes = function()
-        record = self._new(key, "write", state=StepState.DONE, result=changes.result, undo=undo)
-        await self._flush([*changes.put, record], changes.delete)
+
+        async def attempt() -> Step:
+            # Nothing is awaited between what the function reads and the transaction that compares it: no change gets lost in between.
+            changes = function()
+            record = self._record(key, "write", state=StepState.DONE, result=changes.result, undo=undo)
+            await self._transact([*changes.put, record], changes.delete)
+            return record
+
+        for pause in COMPARE_PAUSES:
+            try:
+                record = await unbroken(attempt())
+                break
+            except CompareFailed:
+                # Somebody changed the same object at the same moment: look again.
+                await asyncio.sleep(pause)
+        else:
+            record = await unbroken(attempt())
+        self._add(record)
         await self._point("after-write")
-        return changes.result
+        return record.result
 
     async def call(
         self,
@@ -113,8 +140,9 @@ class JobContext:
             return step.result
         if step is None:
             await self._point("before-intent")
-            step = self._new(key, "call", node=node, method=method, args_hash=digest, undo=undo)
-            await self._flush([step], [])
+            step = self._record(key, "call", node=node, method=method, args_hash=digest, undo=undo)
+            await unbroken(self._transact([step], []))
+            self._add(step)
         await self._point("after-intent")
         result = await self._engine.agents.order(
             node, self.id, key, method, args, deadline=deadline, report=self._reporter(key, span), even_dead=even_dead
@@ -132,7 +160,7 @@ class JobContext:
     async def commit(self) -> None:
         """From here on the job only goes forward: failure and cancel no longer undo it."""
         if not self._job.committed:
-            self._job = await self._engine.update(self.id, {"committed": True}, put=self._take_pending(), unless_cancelled=True)
+            self._job = await self._engine.update(self.id, {"committed": True}, put=self._take_pending(), check=unless_cancelled)
 
     async def child(self, key: str, operation: str, target: str, request: dict[str, Any]) -> int:
         """Submit a child job; its number. Undoing this step cancels the child if it has not ended."""
@@ -140,9 +168,9 @@ class JobContext:
         if step is not None:
             return int(step.result)
         child = self._engine.new_job(operation, target, request, who=self._job.who, parent=self.id)
-        record = self._new(key, "write", state=StepState.DONE, result=child.number, undo=Undo("job.cancel", {"job": child.number}))
-        await self._flush([child, record], [])
-        self._engine.admit(child)
+        record = self._record(key, "write", state=StepState.DONE, result=child.number, undo=Undo("job.cancel", {"job": child.number}))
+        await self._engine.submitter.write(child, self._transact([child, record], []))
+        self._add(record)
         return child.number
 
     async def ended(self, child: int) -> Job:
@@ -150,8 +178,8 @@ class JobContext:
         return await self._engine.ended(child)
 
     async def finish(self, update: dict[str, Any]) -> None:
-        """Write the job's end together with what is still pending. For the engine."""
-        await self._engine.update(self.id, update, put=self._take_pending())
+        """Write the job's end together with what is still pending. For the engine. Errors: Cancelled (it was, before its commit)."""
+        await self._engine.update(self.id, update, put=self._take_pending(), check=unless_cancelled)
 
     # --- journal ---
 
@@ -164,8 +192,8 @@ class JobContext:
             raise ReplayMismatch(f"step {key!r} differs from the journal")
         return step
 
-    def _new(self, key: str, what: Any, *, undo: Undo | None = None, **fields: Any) -> Step:
-        step = Step(
+    def _record(self, key: str, what: Any, *, undo: Undo | None = None, **fields: Any) -> Step:
+        return Step(
             id=f"{self._job.id}/{self._next:04d}",
             key=key,
             what=what,
@@ -173,19 +201,21 @@ class JobContext:
             at=self._engine.clock.now(),
             **fields,
         )
+
+    def _add(self, step: Step) -> None:
         self._next += 1
-        self._journal[key] = step
-        return step
+        self._journal[step.key] = step
 
     def _take_pending(self) -> list[Stored]:
         pending, self._pending = self._pending, []
         return pending
 
-    async def _flush(self, put: list[Stored], delete: list[Stored]) -> None:
-        pending = self._take_pending()
+    async def _transact(self, put: list[Stored], delete: list[Stored]) -> None:
+        pending = list(self._pending)
         latest = {item.id: item for item in [*pending, *put] if isinstance(item, Step)}
         others = [item for item in put if not isinstance(item, Step)]
-        await unbroken(self._engine.store.write(put=[*others, *latest.values()], delete=delete))
+        await self._engine.store.write(put=[*others, *latest.values()], delete=delete)
+        del self._pending[: len(pending)]
 
     async def _point(self, phase: str) -> None:
         await faults.point(f"master:{self._job.operation}:{self._next:02d}:{phase}")

@@ -13,7 +13,17 @@ from atoll.jobs.locks import LockTable
 from atoll.jobs.steps import Attention, Settled
 from atoll.jobs.submit import Submitter
 from atoll.jobs.undo import UndoFailed, undo_steps
-from atoll.model.errors import AtollError, Cancelled, DeadlineExceeded, Held, NotFound, NotLeader, StoreError, WrongState
+from atoll.model.errors import (
+    AtollError,
+    Cancelled,
+    DeadlineExceeded,
+    Held,
+    NodeUnavailable,
+    NotFound,
+    NotLeader,
+    StoreError,
+    WrongState,
+)
 from atoll.model.messages import Progress
 from atoll.model.objects import Hold, IdempotencyKey, Job, JobState, Step
 from atoll.rpc.agents import Agents
@@ -23,6 +33,8 @@ from atoll.store.cache import LeaderStore
 log = structlog.get_logger()
 #: Pauses between attempts of a committed job that failed, in seconds.
 FORWARD_PAUSES = (0.5, 1.0, 2.0, 5.0, 10.0)
+#: Seconds that a job waits when the store has failed.
+STORE_PAUSE = 1.0
 
 
 class Engine:
@@ -50,7 +62,7 @@ class Engine:
         for job in self.store.all(Job):
             if job.state.active:
                 granted = job.state is not JobState.QUEUED
-                if granted:
+                if granted or job.started is not None:
                     self._recovering.add(job.number)
                 self._locks.add(job.number, job.locks, parent=job.parent, granted=granted)
                 if granted:
@@ -68,7 +80,7 @@ class Engine:
 
     def oldest_job(self) -> int:
         """The oldest job that has not ended; orders of older ones are late copies."""
-        return min(self._open, default=self.submitter.next_number)
+        return min([self.submitter.not_before(), *self._open])
 
     # --- asking ---
 
@@ -118,7 +130,7 @@ class Engine:
     # --- submitting (see submit.py) ---
 
     def new_job(self, operation: str, target: str, request: dict[str, Any], *, who: str, parent: int) -> Job:
-        """Prepare a child's job; the caller writes it, then calls ``admit``."""
+        """Prepare a child's job; the caller writes it by ``submitter.write``."""
         return self.submitter.prepare(operation, target, request, who=who, parent=parent)
 
     def admit(self, job: Job) -> None:
@@ -128,15 +140,21 @@ class Engine:
         self._grant()
 
     async def update(
-        self, number: int, fields: dict[str, Any], *, put: Sequence[Any] = (), delete: Sequence[Any] = (), unless_cancelled: bool = False
+        self,
+        number: int,
+        fields: dict[str, Any],
+        *,
+        put: Sequence[Any] = (),
+        delete: Sequence[Any] = (),
+        check: Callable[[Job], None] = lambda job: None,
     ) -> Job:
-        """Change a job's record, one change after the other, together with other objects. Errors: Cancelled (``unless_cancelled``)."""
+        """Change a job's record, one change after the other, together with other objects. Errors: those of ``check``, which sees the
+        record that is changed."""
 
         async def change() -> Job:
             async with self._records.setdefault(number, asyncio.Lock()):
                 job = self.job(number)
-                if unless_cancelled and job.cancel_asked:
-                    raise Cancelled(f"job {number} was cancelled")
+                check(job)
                 job = job.model_copy(update=fields)
                 await self.store.write(put=[job, *put], delete=delete)
                 return job
@@ -150,18 +168,19 @@ class Engine:
     async def cancel(self, number: int) -> None:
         """Ask a job to stop. Errors: WrongState when it has ended or is past its commit."""
         job = self.job(number)
-        if not job.state.active:
-            raise WrongState(f"job {number} is {job.state}; it cannot be cancelled", hint=f"atoll job info {number}")
-        if job.committed:
-            raise WrongState(f"job {number} has passed its commit and only goes forward", hint=f"atoll job watch {number}")
+        _check_cancel(job)
         if job.state is JobState.UNDOING or job.cancel_asked:
             return
-        await self.update(number, {"cancel_asked": True})
-        task = self._tasks.get(number)
-        if task is not None:
-            task.cancel()
-        else:
-            self._spawn(number)
+
+        async def ask() -> None:
+            await self.update(number, {"cancel_asked": True}, check=_check_cancel)
+            task = self._tasks.get(number)
+            if task is not None:
+                task.cancel()
+            elif job.started is None:
+                self._spawn(number)  # it has touched nothing yet, so it needs no locks to end
+
+        await unbroken(ask())
 
     async def resume(self, number: int, *, undo: bool = False) -> None:
         """Let a job that needs attention try again, or undo it. It queues for its locks; its holds stay until it has them."""
@@ -171,8 +190,17 @@ class Engine:
         if undo and job.committed:
             raise WrongState(f"job {number} has passed its commit and cannot be undone", hint=f"atoll job resume {number}")
         fields = {"state": JobState.QUEUED, "undoing": job.undoing or undo, "cancel_asked": False, "reason": "", "commands": ()}
-        self._recovering.add(number)
-        self.admit(await self.update(number, fields))
+
+        def check(now: Job) -> None:
+            if now.state is not JobState.NEEDS_ATTENTION:
+                raise WrongState(f"job {number} is {now.state}, not needs-attention", hint=f"atoll job info {number}")
+
+        async def again() -> None:
+            queued = await self.update(number, fields, check=check)
+            self._recovering.add(number)
+            self.admit(queued)
+
+        await unbroken(again())
 
     async def forget(self, job: Job) -> None:
         """Delete an ended job with its journal and key."""
@@ -195,32 +223,52 @@ class Engine:
         """Run a job to one of its ends. Whatever happens, it ends or the whole term does."""
         try:
             with structlog.contextvars.bound_contextvars(job=number):
-                while True:
-                    try:
-                        await self._work(number)
-                        break
-                    except asyncio.CancelledError:
-                        # A cancel request: look at the job's record again. At the end of the term the job stays as it is.
-                        if self.stopping:
-                            return
-        except (NotLeader, StoreError) as error:
-            # Deposed, or the store is gone: the next leader takes the job up from its journal.
+                while not await self._try(number):
+                    continue
+        except NotLeader as error:
+            # Deposed: the next leader takes the job up from its journal.
             log.warning("job left to the next leader", job=number, error=error.message)
         finally:
             if self._tasks.get(number) is asyncio.current_task():
                 del self._tasks[number]
-            if not self.stopping and not self.job(number).state.active:
-                if self.job(number).state.ended:
+            job = self.store.get(Job, f"{number:010d}")
+            if not self.stopping and (job is None or not job.state.active):
+                if job is None or job.state.ended:
                     self._open.discard(number)
                     self._records.pop(number, None)
                 self._locks.remove(number)
                 self._wake(number)
-                self._changed.pop(number, None)
                 self._grant()
 
+    async def _try(self, number: int) -> bool:
+        """One attempt; False: look at the job's record again."""
+        try:
+            try:
+                await self._work(number)
+            except StoreError as error:
+                # The store is ill, but nobody else leads: go on from the journal once it is better.
+                log.warning("job waits for the store", job=number, error=error.message)
+                await asyncio.sleep(STORE_PAUSE)
+                return False
+            except NotLeader:
+                raise
+            except Exception as bug:  # whatever happens, a job must not stay without an end
+                log.exception("job failed", job=number)
+                await self._attend(self.job(number), f"it failed unexpectedly: {type(bug).__name__}: {bug}", ())
+        except asyncio.CancelledError:
+            # A cancel request. At the end of the term the job stays as it is.
+            return self.stopping
+        return True
+
     async def _work(self, number: int) -> None:
+        if not self.job(number).state.active:
+            return
         if number in self._recovering:
-            await self._interruptible(number, self.agents.acknowledged({s.node for s in self.steps(number) if s.node}))
+            try:
+                await self._interruptible(number, self._recover(number))
+            except NodeUnavailable as error:
+                await self._attend(self.job(number), error.message, ())
+                return
             self._recovering.discard(number)
         job = self.job(number)
         if job.undoing or (job.cancel_asked and not job.committed):
@@ -229,17 +277,40 @@ class Engine:
         if job.started is None:
             try:
                 self._check_holds(job)
-            except Held as error:
+                self._check_again(job)
+            except AtollError as error:
                 await self._undo(job, error)
                 return
         fields = {"state": JobState.RUNNING, "started": job.started or self.clock.now()}
         await self._run(await self.update(number, fields, delete=self._own_holds(job)))
 
+    async def _recover(self, number: int) -> None:
+        """Nothing is repeated or undone before every agent in the journal has told what it still does. Errors: NodeUnavailable."""
+        nodes = {step.node for step in self.steps(number) if step.node}
+        try:
+            async with asyncio.timeout(self.job(number).deadline):
+                await self.agents.acknowledged(nodes, lambda text: self.set_progress(number, Progress(text=text)))
+        except TimeoutError:
+            raise NodeUnavailable(f"a node that has worked for it does not answer: {self.progress(number).text}") from None
+
+    def _check_again(self, job: Job) -> None:
+        """The job has waited for its locks: does its request still fit? Errors: those of the operation's ``prepare``, WrongState."""
+        operation = self.operation(job.operation)
+        if not operation.public or operation.version != job.version:
+            return
+        fields = {name: value for name, value in job.request.items() if name in operation.request.model_fields}
+        prepared = operation.prepare(self.state, job.request.get("id", ""), operation.request.model_validate(fields))
+        # Names that are chosen anew are checked where they are given.
+        more = {name for name in prepared.locks.exclusive if not name.startswith("name:")} - set(job.locks.exclusive)
+        if more:
+            raise WrongState(f"what it is about has changed while the job waited ({', '.join(sorted(more))})", hint="ask again")
+
     async def _run(self, job: Job) -> None:
         operation = self.operation(job.operation)
         attempt = 0
         loop = asyncio.get_running_loop()
-        end = loop.time() + max(1.0, job.deadline - (self.clock.now() - (job.started or self.clock.now())))
+        # Counted anew after a restart: the wall clock, which alone spans it, may have jumped.
+        end = loop.time() + job.deadline
         while True:
             context = JobContext(self, self.job(job.number), self.steps(job.number))
             try:
@@ -257,7 +328,7 @@ class Engine:
                 return
             except asyncio.CancelledError:
                 job = self.job(job.number)
-                if self.stopping or not job.cancel_asked:
+                if self.stopping or not job.cancel_asked or not job.state.active:
                     raise
                 error: AtollError = Cancelled(f"job {job.number} was cancelled")
             except TimeoutError:
@@ -325,3 +396,10 @@ class Engine:
         event = self._changed.pop(number, None)
         if event is not None:
             event.set()
+
+
+def _check_cancel(job: Job) -> None:
+    if not job.state.active:
+        raise WrongState(f"job {job.number} is {job.state}; it cannot be cancelled", hint=f"atoll job info {job.number}")
+    if job.committed:
+        raise WrongState(f"job {job.number} has passed its commit and only goes forward", hint=f"atoll job watch {job.number}")

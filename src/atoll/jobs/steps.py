@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from atoll.model.errors import AtollError, NeedsAttention
@@ -25,18 +25,20 @@ class Changes:
 class Undo:
     """How to undo a step: an order to an agent, or a registered function that changes the store. Data only, so that it can be journaled.
 
-    ``dies``: the effect dies with its node (a process, an attachment), so a proof of the node's death is its undo.
+    ``dies``: the effect dies with its node (a process, an attachment), so a proof of the node's death is its undo. ``local``: it is on
+    the node's own disks, so nobody else can undo it.
     """
 
     method: str
     args: dict[str, Any] = field(default_factory=dict)
     node: str | None = None
     dies: bool = False
+    local: bool = False
     deadline: float = 60.0
 
     def to_json(self) -> dict[str, Any]:
         """The form in which it is journaled."""
-        return {"method": self.method, "args": self.args, "node": self.node, "dies": self.dies, "deadline": self.deadline}
+        return asdict(self)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Undo:

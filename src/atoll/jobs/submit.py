@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from atoll.jobs.context import unbroken
 from atoll.jobs.steps import args_hash
-from atoll.model.errors import Held, InvalidInput, KeyReused
+from atoll.model.errors import UNKNOWN_OUTCOME, AtollError, Held, InvalidInput, KeyReused
 from atoll.model.objects import Hold, IdempotencyKey, Job
 
 if TYPE_CHECKING:
@@ -16,14 +19,43 @@ if TYPE_CHECKING:
 
 
 class Submitter:
-    """Makes jobs. ``next_number`` is the number of the next one."""
+    """Makes jobs."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self.next_number = max((job.number for job in engine.store.all(Job)), default=0) + 1
+        self._durable = max((job.number for job in engine.store.all(Job)), default=0)
+        self._next = self._durable + 1
+        #: Numbers whose jobs are being written now.
+        self._writing: set[int] = set()
+        #: Idempotency keys whose jobs are being written now.
+        self._keys: dict[str, asyncio.Event] = {}
+
+    def not_before(self) -> int:
+        """No job with a smaller number will begin any more. A number whose job never became durable may be given again by the next leader."""
+        return min(self._writing, default=self._durable + 1)
+
+    async def write(self, job: Job, work: Awaitable[None]) -> None:
+        """Let ``work`` make a job with a new number durable, then admit it: both or neither, even if the waiting task is cancelled."""
+        number = job.number
+        self._next = max(self._next, number + 1)
+        self._writing.add(number)
+
+        async def land() -> None:
+            try:
+                await work
+            except UNKNOWN_OUTCOME:
+                raise  # it may be durable: its number stays open until the next leader knows
+            except AtollError:
+                self._writing.discard(number)
+                raise
+            self._durable = max(self._durable, number)
+            self._engine.admit(job)
+            self._writing.discard(number)
+
+        await unbroken(land())
 
     def prepare(self, operation: str, target: str, request: dict[str, Any], *, who: str, parent: int | None = None, key: str = "") -> Job:
-        """Check the request against the present state and make the job's record; nothing is written.
+        """Check the request against the present state and make the job's record; nothing is written. Its number is taken by ``write``.
 
         Errors: those of the operation's ``prepare``; InvalidInput; Held.
         """
@@ -41,10 +73,8 @@ class Submitter:
                 raise Held(
                     f"{resource} is held by job {hold.job}: {hold.reason}", hint="; ".join(hold.commands), job=hold.job, resource=resource
                 )
-        number = self.next_number
-        self.next_number += 1
         return Job(
-            id=f"{number:010d}",
+            id=f"{self._next:010d}",
             operation=operation,
             version=found.version,
             request=prepared.frozen,
@@ -59,16 +89,26 @@ class Submitter:
 
     async def submit(self, operation: str, target: str, request: dict[str, Any], *, who: str, key: str = "") -> tuple[Job, bool]:
         """Make it a job, durably. True: the same key came before, and this is its job. Errors: KeyReused, those of ``prepare``."""
-        store = self._engine.store
         digest = args_hash(operation, target, request)
-        key_id = hashlib.sha256(key.encode()).hexdigest() if key else ""
-        if key:
-            before = store.get(IdempotencyKey, key_id)
-            if before is not None:
-                if before.digest != digest:
-                    raise KeyReused(f"the idempotency key was used for job {before.job}, with another request")
-                return self._engine.job(before.job), True
-        job = self.prepare(operation, target, request, who=who, key=key_id)
-        await store.write(put=[job, *([IdempotencyKey(id=key_id, job=job.number, digest=digest)] if key else [])])
-        self._engine.admit(job)
-        return job, False
+        if not key:
+            return await self._new(operation, target, request, digest, who, ""), False
+        key_id = hashlib.sha256(key.encode()).hexdigest()
+        while key_id in self._keys:
+            await self._keys[key_id].wait()
+        before = self._engine.store.get(IdempotencyKey, key_id)
+        if before is not None:
+            if before.digest != digest:
+                raise KeyReused(f"the idempotency key was used for job {before.job}, with another request")
+            return self._engine.job(before.job), True
+        done = self._keys[key_id] = asyncio.Event()
+        try:
+            return await self._new(operation, target, request, digest, who, key_id), False
+        finally:
+            del self._keys[key_id]
+            done.set()
+
+    async def _new(self, operation: str, target: str, request: dict[str, Any], digest: str, who: str, key: str) -> Job:
+        job = self.prepare(operation, target, request, who=who, key=key)
+        keys = [IdempotencyKey(id=key, job=job.number, digest=digest)] if key else []
+        await self.write(job, self._engine.store.write(put=[job, *keys]))
+        return job

@@ -68,10 +68,11 @@ async def _order(engine: Engine, job: Job, step: Step, undo: Undo) -> None:
             return
         # The node is proved dead, but its effect is on storage that others reach: one of them undoes it.
         here = engine.store.require(Node, undo.node)
-        others = [n for n in engine.store.all(Node) if n.group == here.group and n.id != here.id and engine.state.health.alive(n.id)]
-        if not others:
+        others = [n for n in engine.store.all(Node) if n.group == here.group and n.id != here.id and engine.state.answers(n.id)]
+        if undo.local or not others:
             raise
-        await engine.agents.order(others[0].id, job.number, step.key, undo.method, undo.args, undo=True, deadline=undo.deadline)
+        args = {**undo.args, "ref": {**undo.args["ref"], "node": others[0].name}} if "ref" in undo.args else undo.args
+        await engine.agents.order(others[0].id, job.number, step.key, undo.method, args, undo=True, deadline=undo.deadline)
 
 
 async def _cancel_child(engine: Engine, number: int) -> None:

@@ -55,8 +55,8 @@ class PlacementView:
         return self._state.store.all(Node)
 
     def alive(self, node: str) -> bool:
-        """Whether the node answers."""
-        return self._state.health.alive(node)
+        """Whether the node answers, and has been readmitted if it was called dead."""
+        return self._state.answers(node)
 
     def free_memory(self, node: str) -> int:
         """Free memory less a reserve and what claims promise beyond what the report shows."""
@@ -109,7 +109,7 @@ def check_usable(state: State, node: Node) -> Node:
         reason = "is offline"
     elif node.drained:
         reason = "is drained"
-    elif not state.health.alive(node.id):
+    elif not state.answers(node.id):
         reason = "does not answer"
     if reason:
         raise NodeUnavailable(f"node {node.name} {reason}")

@@ -86,15 +86,15 @@ def _prepare_rename(state: State, target: str, request: Rename) -> Prepared:
     group = state.store.find(Group, target)
     check_new_name(state, Group, request.new_name)
     held = [group.resource, name_lock(Group, request.new_name)]
-    return Prepared({"id": group.id, "name": request.new_name}, locks(exclusive=held), f"rename group {group.name} to {request.new_name}")
+    return Prepared(frozen(request, id=group.id), locks(exclusive=held), f"rename group {group.name} to {request.new_name}")
 
 
 async def _run_rename(job: JobContext, request: dict[str, Any]) -> Any:
     def rename() -> Changes:
-        return Changes(put=[job.state.store.require(Group, request["id"]).model_copy(update={"name": request["name"]})])
+        return Changes(put=[job.state.store.require(Group, request["id"]).model_copy(update={"name": request["new_name"]})])
 
     await job.write("rename", rename)
-    return {"group": request["id"], "name": request["name"]}
+    return {"group": request["id"], "name": request["new_name"]}
 
 
 register(Operation("group.rename", Rename, _prepare_rename, _run_rename, role="admin"))
@@ -118,7 +118,9 @@ def _prepare_assign(state: State, target: str, request: AssignNodes) -> Prepared
 async def _run_assign(job: JobContext, request: dict[str, Any]) -> Any:
     def assign() -> Changes:
         nodes = [job.state.store.require(Node, n) for n in request["nodes"]]
-        return Changes(put=[n.model_copy(update={"group": request["id"]}) for n in nodes])
+        # A node that changes its group prepares the pools of the new one before it takes instances.
+        moved = [n for n in nodes if n.group != request["id"]]
+        return Changes(put=[n.model_copy(update={"group": request["id"], "ready": False}) for n in moved])
 
     await job.write("assign", assign)
     return {"group": request["id"], "nodes": request["nodes"]}

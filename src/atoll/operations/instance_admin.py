@@ -36,7 +36,7 @@ def _prepare_rename(state: State, target: str, request: Rename) -> Prepared:
         check_new_name(state, Volume, name)
     held = instance_locks(state, instance)
     return Prepared(
-        {"id": instance.id, "name": request.new_name},
+        frozen(request, id=instance.id),
         locks(held.shared, [*held.exclusive, name_lock(Instance, request.new_name), *(name_lock(Volume, n) for n in names)]),
         f"rename instance {instance.name} to {request.new_name}",
     )
@@ -51,17 +51,18 @@ def _restore_name(state: State, args: dict[str, Any]) -> Changes:
 async def _run_rename(job: JobContext, request: dict[str, Any]) -> Any:
     def plan() -> dict[str, Any]:
         instance = job.state.store.require(Instance, request["id"])
-        return {"old": instance.name, "volumes": _renames(job.state, instance, request["name"])}
+        return {"old": instance.name, "volumes": _renames(job.state, instance, request["new_name"])}
 
     decided = await job.read("plan", plan)
 
     def record() -> Changes:
-        return Changes(put=[job.state.store.require(Instance, request["id"]).model_copy(update={"name": request["name"]})])
+        check_new_name(job.state, Instance, request["new_name"])
+        return Changes(put=[job.state.store.require(Instance, request["id"]).model_copy(update={"name": request["new_name"]})])
 
     await job.write("record name", record, Undo("instance.name", {"instance": request["id"], "name": decided["old"]}))
     for volume, name in decided["volumes"]:
         await rename_image(job, volume, name)
-    return {"instance": request["id"], "name": request["name"]}
+    return {"instance": request["id"], "name": request["new_name"]}
 
 
 register(Operation("instance.rename", Rename, _prepare_rename, _run_rename))

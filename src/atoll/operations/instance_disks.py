@@ -6,7 +6,7 @@ from typing import Any
 
 from atoll.jobs.context import JobContext
 from atoll.jobs.steps import Changes, Undo, undo_function
-from atoll.model.errors import InUse, NotSupported, PoolNotReachable, WrongState
+from atoll.model.errors import DiskInUse, InUse, NotSupported, PoolNotReachable, WrongState
 from atoll.model.messages import GuestDisk
 from atoll.model.objects import Disk, Group, Instance, Node, Pool, Volume, VolumeState
 from atoll.model.units import format_size
@@ -16,7 +16,7 @@ from atoll.operations.instance_power import instance_locks
 from atoll.operations.making import delete_image, make_volume, mark_deleting, plan_volume
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import ActivateDisks, AddDisk, AttachDisk, DetachDisk, GrowDisk, Recreate
-from atoll.operations.running import attached, check_runs, connect_disks, detached
+from atoll.operations.running import access_of, attached, check_runs, connect_disks, detached
 from atoll.operations.state import State
 from atoll.operations.volumes import grow_image, new_size
 from atoll.storage.contract import Mirroring
@@ -42,24 +42,26 @@ def _prepare_grow(state: State, target: str, request: GrowDisk) -> Prepared:
     size = check_size_for(driver, new_size(volume, request.size, request.increment))
     node = running_node(state, instance)
     return Prepared(
-        {"id": instance.id, "volume": volume.id, "size": size},
+        frozen(request, id=instance.id, volume=volume.id),
         instance_locks(state, instance, node.id if node else None),
         f"grow disk {index} of instance {instance.name} to {format_size(size)}",
     )
 
 
 async def _run_grow(job: JobContext, request: dict[str, Any]) -> Any:
-    def where() -> str | None:
-        node = running_node(job.state, job.state.store.require(Instance, request["id"]))
-        return node.id if node else None
+    def where() -> tuple[str | None, int]:
+        state: State = job.state
+        volume = state.store.require(Volume, request["volume"])
+        driver = state.driver(state.store.require(Pool, volume.pool))
+        node = running_node(state, state.store.require(Instance, request["id"]))
+        return node.id if node else None, check_size_for(driver, new_size(volume, request["size"], request["increment"]))
 
-    node = await job.read("node", where)
-    await job.commit()
-    await grow_image(job, request["volume"], request["size"], prefer=node)
+    node, size = await job.read("node and size", where)
+    await grow_image(job, request["volume"], size, prefer=node)
     if node:
-        args = {"instance": request["id"], "volume": request["volume"], "size": request["size"]}
+        args = {"instance": request["id"], "volume": request["volume"], "size": size}
         await job.call("tell the guest", node, "guest.resize", args)
-    return {"volume": request["volume"], "size": request["size"]}
+    return {"volume": request["volume"], "size": size}
 
 
 register(Operation("instance.grow-disk", GrowDisk, _prepare_grow, _run_grow))
@@ -99,11 +101,19 @@ async def plug_volume(job: JobContext, instance: str, volume: str, mode: str) ->
     node = await job.read("node", where)
     if node is None:
         return
-    disks = await connect_disks_of(job, instance, node, volume)
+    args = await _plug_args(job, instance, node, volume, slot, mode)
+    undo = Undo("guest.unplug", {"instance": instance, "volume": volume, "timeout": 20.0}, node=node, dies=True)
+    await job.call("plug", node, "guest.plug", args, undo=undo)
+
+
+async def _plug_args(
+    job: JobContext, instance: str, node: str, volume: str, slot: int, mode: str, *, plugged: bool = False
+) -> dict[str, Any]:
+    """What a plug needs to know. ``plugged``: the guest itself writes it already."""
+    disks = await connect_disks_of(job, instance, node, volume, expect_writer=plugged)
     size = await job.read("size", lambda: job.state.store.require(Volume, volume).size)
     guest_disk = GuestDisk(volume=volume, slot=slot, size=size, mode="ro" if mode == "ro" else "rw").model_dump(mode="json")
-    undo = Undo("guest.unplug", {"instance": instance, "volume": volume, "timeout": 20.0}, node=node, dies=True)
-    await job.call("plug", node, "guest.plug", {"instance": instance, "disk": guest_disk, **disks}, undo=undo)
+    return {"instance": instance, "disk": guest_disk, **disks}
 
 
 def _slot(instance: Instance, slots: int = 8) -> int:
@@ -114,7 +124,7 @@ def _slot(instance: Instance, slots: int = 8) -> int:
     return slot
 
 
-async def connect_disks_of(job: JobContext, instance: str, node: str, volume: str) -> dict[str, Any]:
+async def connect_disks_of(job: JobContext, instance: str, node: str, volume: str, *, expect_writer: bool = False) -> dict[str, Any]:
     """The connection of one volume, refused if somebody writes it. Errors: DiskInUse."""
 
     def plan() -> dict[str, Any]:
@@ -123,15 +133,16 @@ async def connect_disks_of(job: JobContext, instance: str, node: str, volume: st
         pool = state.store.require(Pool, found.pool)
         worker = state.pool_node(pool, prefer=node, owner=found.node)
         ref = state.ref(pool, worker).model_dump(mode="json")
-        return {"worker": worker.id, "disk": {"ref": ref, "volume": volume, "logical_id": found.logical_id, "size": found.size}}
+        disk = {"ref": ref, "volume": volume, "logical_id": found.logical_id, "size": found.size}
+        return {"worker": worker.id, "disk": disk, "access": access_of(state, pool)}
 
     found = await job.read("volume to connect", plan)
     answer = (await job.call("connect the volume", found["worker"], "disks.connect", {"disks": [found["disk"]]}))[0]
     if answer["stat"] is None:
         raise WrongState("the volume's image is not on its storage", hint="atoll cluster verify")
-    if answer["writers"]:
-        raise InUse(f"the volume is being written by {', '.join(w['who'] for w in answer['writers'])}")
-    return {"pool": answer["pool"], "connection": answer["connection"], "access": "userspace"}
+    if answer["writers"] and not expect_writer:
+        raise DiskInUse(f"the volume is being written by {', '.join(w['who'] for w in answer['writers'])}")
+    return {"pool": answer["pool"], "connection": answer["connection"], "access": found["access"]}
 
 
 def _check_reach(state: State, instance: Instance, pool: Pool, owner: str | None) -> None:
@@ -160,7 +171,7 @@ def _prepare_add_disk(state: State, target: str, request: AddDisk) -> Prepared:
     held = instance_locks(state, instance, home)
     more = [name_lock(Volume, name), *([f"image:{pool.id}:{request.disk.adopt}"] if request.disk.adopt else [])]
     return Prepared(
-        {"id": instance.id, "pool": pool.id, "name": name, "home": home, "disk": request.disk.model_dump(mode="json")},
+        frozen(request, id=instance.id, pool=pool.id, home=home),
         locks([*held.shared, pool.resource], [*held.exclusive, *more]),
         f"add a disk to instance {instance.name}",
     )
@@ -181,7 +192,7 @@ async def _run_add_disk(job: JobContext, request: dict[str, Any]) -> Any:
         instance = state.store.require(Instance, request["id"])
         return plan_volume(
             state,
-            name=request["name"],
+            name=request["disk"]["name"] or _disk_name(state, instance),
             pool=pool,
             size=request["disk"]["size"],
             adopt=request["disk"]["adopt"],
@@ -253,9 +264,19 @@ async def _unplug(job: JobContext, request: dict[str, Any]) -> None:
 
     node = await job.read("node", where)
     if node:
+        # A guest may let go of it late, after the job has given up: then it gets the disk back.
+        slot, mode = await job.read("slot", lambda: _place_of(job.state.store.require(Instance, request["id"]), request["volume"]))
+        back = await _plug_args(job, request["id"], node, request["volume"], slot, mode, plugged=True)
         args = {"instance": request["id"], "volume": request["volume"], "timeout": request["timeout"]}
-        await job.call("unplug", node, "guest.unplug", args, deadline=request["timeout"] + 30.0)
+        undo = Undo("guest.plug", back, node=node, dies=True)
+        await job.call("unplug", node, "guest.unplug", args, undo=undo, deadline=request["timeout"] + 30.0)
+    await job.commit()
     await job.write("drop the disk", lambda: _drop_disk(job.state, {"instance": request["id"], "volume": request["volume"]}))
+
+
+def _place_of(instance: Instance, volume: str) -> tuple[int, str]:
+    disk = next(disk for disk in instance.disks if disk.volume == volume)
+    return disk.slot, disk.mode
 
 
 async def _run_detach(job: JobContext, request: dict[str, Any]) -> Any:
@@ -265,7 +286,6 @@ async def _run_detach(job: JobContext, request: dict[str, Any]) -> Any:
 
 async def _run_remove_disk(job: JobContext, request: dict[str, Any]) -> Any:
     await _unplug(job, request)
-    await job.commit()
     await mark_deleting(job, request["volume"], VolumeState.AVAILABLE)
     await delete_image(job, request["volume"])
     return {"instance": request["id"], "volume": request["volume"]}
@@ -335,7 +355,7 @@ def _prepare_recreate(state: State, target: str, request: Recreate) -> Prepared:
     chosen = request.disks or list(range(len(instance.disks)))
     volumes = [instance.disks[find_disk(state, instance, index, None)].volume for index in chosen]
     return Prepared(
-        {"id": instance.id, "volumes": volumes}, instance_locks(state, instance), f"make missing disks of {instance.name} again"
+        frozen(request, id=instance.id, volumes=volumes), instance_locks(state, instance), f"make missing disks of {instance.name} again"
     )
 
 
@@ -349,14 +369,21 @@ async def _run_recreate(job: JobContext, request: dict[str, Any]) -> Any:
             pool = state.store.require(Pool, found.pool)
             worker = state.pool_node(pool, owner=found.node)
             ref = state.ref(pool, worker).model_dump(mode="json")
-            return {"worker": worker.id, "ref": ref, "name": found.name, "size": found.size, "logical_id": found.logical_id}
+            return {
+                "worker": worker.id,
+                "ref": ref,
+                "name": found.name,
+                "size": found.size,
+                "logical_id": found.logical_id,
+                "local": state.driver(pool).node_local,
+            }
 
         found = await job.read(f"where/{volume}", where)
         args = {"ref": found["ref"], "logical_id": found["logical_id"]}
         if await job.call(f"look/{volume}", found["worker"], "volume.stat", args) is not None:
             continue
         spec = {"volume": volume, "name": found["name"], "size": found["size"], "options": {}}
-        undo = Undo("volume.uncreate", {"ref": found["ref"], "volume": volume}, node=found["worker"])
+        undo = Undo("volume.uncreate", {"ref": found["ref"], "volume": volume}, node=found["worker"], local=found["local"])
         logical_id = await job.call(
             f"create image/{volume}", found["worker"], "volume.create", {"ref": found["ref"], "spec": spec}, undo=undo, deadline=3600.0
         )

@@ -147,7 +147,7 @@ async def _run_move(job: JobContext, request: dict[str, Any]) -> Any:
     new_ids = {}
     for copy in plan["copies"]:
         spec = {"volume": copy["volume"], "name": copy["name"], "size": copy["size"], "options": {}}
-        undo = Undo("volume.uncreate", {"ref": copy["new_ref"], "volume": copy["volume"]}, node=plan["target"])
+        undo = Undo("volume.uncreate", {"ref": copy["new_ref"], "volume": copy["volume"]}, node=plan["target"], local=True)
         args = {"ref": copy["new_ref"], "spec": spec}
         new_ids[copy["volume"]] = await job.call(f"create copy/{copy['volume']}", plan["target"], "volume.create", args, undo=undo)
     if plan["running"]:

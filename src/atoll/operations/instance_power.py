@@ -241,8 +241,8 @@ async def _run_powered_off(job: JobContext, request: dict[str, Any]) -> Any:
     node = await job.read("holder", lambda: job.state.claim(request["id"]).holder)
     if node is None:
         return {"instance": request["id"], "done": "nothing"}
-    status = await job.ask(node, "guest.status", {"instance": request["id"]})
-    if await job.read("state", lambda: status["state"]) not in ("shutdown", "gone"):
+    state = "" if job.journaled("state") else (await job.ask(node, "guest.status", {"instance": request["id"]}))["state"]
+    if await job.read("state", lambda: state) not in ("shutdown", "gone"):
         return {"instance": request["id"], "done": "nothing"}
     await stop_on(job, request["id"], node, 0.0, by="by the guest")
     return {"instance": request["id"], "node": node}

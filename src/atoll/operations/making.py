@@ -6,10 +6,10 @@ from typing import Any
 
 from atoll.jobs.context import JobContext
 from atoll.jobs.steps import Changes, Undo, undo_function
-from atoll.model.errors import InvalidInput, WrongState
+from atoll.model.errors import UNKNOWN_OUTCOME, InvalidInput, NodeUnavailable, WrongState
 from atoll.model.ids import new_id
 from atoll.model.objects import Node, Pool, Volume, VolumeState
-from atoll.operations.common import check_size_for
+from atoll.operations.common import check_new_name, check_size_for
 from atoll.operations.state import State
 
 
@@ -60,6 +60,7 @@ async def make_volume(job: JobContext, plan: dict[str, Any], *, instance: str | 
 
     def record() -> Changes:
         state: State = job.state
+        check_new_name(state, Volume, plan["name"])
         pool = state.store.require(Pool, plan["pool"])
         if plan["adopt"]:
             other = next((v for v in state.store.all(Volume) if v.pool == pool.id and v.logical_id == plan["adopt"]), None)
@@ -95,7 +96,7 @@ async def make_volume(job: JobContext, plan: dict[str, Any], *, instance: str | 
             node,
             "volume.create",
             {"ref": ref, "spec": spec},
-            undo=Undo("volume.uncreate", {"ref": ref, "volume": volume}, node=node),
+            undo=Undo("volume.uncreate", {"ref": ref, "volume": volume}, node=node, local=plan["node"] is not None),
             deadline=3600.0,
         )
     if plan["secondary"]:
@@ -110,6 +111,13 @@ async def make_volume(job: JobContext, plan: dict[str, Any], *, instance: str | 
 
     await job.write(f"available/{volume}", available)
     return {"volume": volume, "name": plan["name"], "size": size}
+
+
+def own_refs(state: State, volume: Volume) -> list[tuple[str, dict[str, Any]]]:
+    """Node and pool reference for each copy of a node-local volume's image; none for a volume on shared storage, or without an image."""
+    pool = state.store.require(Pool, volume.pool)
+    nodes = [n for n in (volume.node, volume.secondary) if n and volume.logical_id] if state.driver(pool).node_local else []
+    return [(n, state.ref(pool, state.store.require(Node, n)).model_dump(mode="json")) for n in nodes]
 
 
 def _refs(state: State, plan: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -135,19 +143,44 @@ async def mark_deleting(job: JobContext, volume: str, back_to: VolumeState) -> N
     await job.write(f"mark deleting/{volume}", mark, Undo("volume.state", {"volume": volume, "state": str(back_to)}))
 
 
+async def on_pool(job: JobContext, key: str, volume: str, method: str, args: dict[str, Any], *, prefer: str | None, deadline: float) -> Any:
+    """An idempotent order about one shared volume, past the job's commit: if the agent that got it is silent, another one gets it.
+
+    Errors: the agent's; Unreachable, NodeUnavailable or WrongState when nobody is left to ask.
+    """
+    tried: list[str] = []
+    while True:
+        step = key + (f" again {len(tried)}" if tried else "")
+
+        def choose() -> tuple[str, dict[str, Any]]:
+            state: State = job.state
+            pool = state.store.require(Pool, state.store.require(Volume, volume).pool)
+            worker = state.pool_node(pool, prefer=prefer, exclude=tried)
+            return worker.id, state.ref(pool, worker).model_dump(mode="json")
+
+        worker, ref = await job.read(f"who: {step}", choose)
+        tried.append(worker)
+        if job.journaled(f"who: {key} again {len(tried)}"):
+            continue
+        try:
+            return await job.call(step, worker, method, {"ref": ref, **args}, deadline=deadline)
+        except (NodeUnavailable, *UNKNOWN_OUTCOME):
+            if not any(n.id not in tried for n in job.state.pool_nodes(job.state.store.require(Pool, ref["id"]))):
+                raise
+
+
 async def delete_image(job: JobContext, volume: str, *, prefer: str | None = None) -> None:
     """The second half, past the job's commit: remove the image (all copies), then the record."""
 
-    def where() -> list[tuple[str, dict[str, Any], str]]:
-        state: State = job.state
-        found = state.store.require(Volume, volume)
-        pool = state.store.require(Pool, found.pool)
-        worker = state.pool_node(pool, prefer=prefer, owner=found.node)
-        nodes = [worker.id, *([found.secondary] if found.secondary else [])]
-        return [(n, state.ref(pool, state.store.require(Node, n)).model_dump(mode="json"), found.logical_id) for n in nodes]
+    def where() -> dict[str, Any]:
+        found = job.state.store.require(Volume, volume)
+        return {"logical_id": found.logical_id, "refs": own_refs(job.state, found)}
 
-    for number, (node, ref, logical_id) in enumerate(await job.read(f"image of/{volume}", where)):
-        if logical_id:
-            key = f"delete image/{volume}" + (f" copy {number + 1}" if number else "")
-            await job.call(key, node, "volume.delete", {"ref": ref, "logical_id": logical_id}, deadline=120.0)
+    image = await job.read(f"image of/{volume}", where)
+    args = {"logical_id": image["logical_id"]}
+    for number, (node, ref) in enumerate(image["refs"]):
+        key = f"delete image/{volume}" + (f" copy {number + 1}" if number else "")
+        await job.call(key, node, "volume.delete", {"ref": ref, **args}, deadline=120.0)
+    if image["logical_id"] and not image["refs"]:
+        await on_pool(job, f"delete image/{volume}", volume, "volume.delete", args, prefer=prefer, deadline=60.0)
     await job.write(f"forget/{volume}", lambda: Changes(delete=[job.state.store.require(Volume, volume)]))

@@ -8,7 +8,7 @@ from typing import Any
 from atoll.jobs.context import JobContext
 from atoll.jobs.steps import Changes
 from atoll.model.errors import AtollError, InUse, InvalidInput, NodeAnswers, NodeUnavailable, WrongState
-from atoll.model.objects import DeathProof, Instance, JobState, Node, Pool, Volume
+from atoll.model.objects import DeathProof, Group, Instance, JobState, Node, Pool, Volume
 from atoll.operations.common import frozen, locks, prepare_tags, run_tags
 from atoll.operations.instance_power import answers
 from atoll.operations.registry import Operation, Prepared, register
@@ -60,7 +60,9 @@ def _prepare_remove(state: State, target: str, request: NodeRemove) -> Prepared:
     volumes = [v for v in state.store.all(Volume) if node.id in (v.node, v.secondary)]
     if volumes:
         raise InUse(f"node {node.name} owns {len(volumes)} node-local volumes, such as {volumes[0].name}", hint="atoll volume list")
-    return Prepared({"id": node.id}, locks(exclusive=[node.resource]), f"remove node {node.name}")
+    # Its group alone, too: placement may be about to choose it for somebody who holds the group.
+    held = [node.resource, state.store.require(Group, node.group).resource]
+    return Prepared({"id": node.id}, locks(exclusive=held), f"remove node {node.name}")
 
 
 async def _run_remove(job: JobContext, request: dict[str, Any]) -> Any:

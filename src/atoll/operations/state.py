@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from typing import Protocol
 
 from atoll.model.errors import AmbiguousPool, Held, NotFound, WrongState
@@ -38,9 +39,13 @@ class State:
         """The cluster's own record."""
         return self.store.require(Cluster, "cluster")
 
+    def answers(self, node: str) -> bool:
+        """Whether orders reach the node with this id: it has reported lately, and no proof of its death still stands."""
+        return self.health.alive(node) and not self.proved_dead(node)
+
     def usable(self, node: Node) -> bool:
         """Whether new work may be given to the node: it answers and is neither offline nor drained."""
-        return not node.offline and not node.drained and self.health.alive(node.id)
+        return not node.offline and not node.drained and self.answers(node.id)
 
     def claim(self, instance: str) -> Claim:
         """The claim of an instance; a free one with generation 0 if it never ran."""
@@ -107,7 +112,11 @@ class State:
                     f"{resource} is held by job {hold.job}: {hold.reason}", hint="; ".join(hold.commands), job=hold.job, resource=resource
                 )
 
-    def pool_node(self, pool: Pool, prefer: str | None = None, owner: str | None = None) -> Node:
+    def pool_nodes(self, pool: Pool) -> list[Node]:
+        """The nodes whose agents can do the half of a shared pool now."""
+        return [n for n in self.store.all(Node) if n.group in pool.groups and not n.offline and self.answers(n.id)]
+
+    def pool_node(self, pool: Pool, prefer: str | None = None, owner: str | None = None, exclude: Iterable[str] = ()) -> Node:
         """A node whose agent can do the pool's half: the owner of the disk for node-local pools, else one that answers.
 
         Errors: NodeUnavailable via WrongState text when none answers.
@@ -116,7 +125,7 @@ class State:
             if owner is None:
                 raise WrongState(f"pool {pool.name} is node-local: a node must be named", hint="-n NODE")
             return self.store.require(Node, owner)
-        candidates = [n for n in self.store.all(Node) if n.group in pool.groups and not n.offline and self.health.alive(n.id)]
+        candidates = [n for n in self.pool_nodes(pool) if n.id not in exclude]
         if not candidates:
             raise WrongState(f"no node that reaches pool {pool.name} answers", hint="atoll node list")
         return next((n for n in candidates if n.id == prefer), candidates[0])

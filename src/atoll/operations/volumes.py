@@ -5,8 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from atoll.jobs.context import JobContext
-from atoll.jobs.steps import Changes, Undo, undo_function
-from atoll.model.errors import InUse, InvalidInput, NotSupported, ShrinkRefused, WrongState
+from atoll.jobs.steps import Changes, Settled, Undo, undo_function
+from atoll.model.errors import (
+    UNKNOWN_OUTCOME,
+    AtollError,
+    InUse,
+    InvalidInput,
+    InvalidSize,
+    NotFound,
+    NotSupported,
+    PoolFull,
+    PoolUnavailable,
+    ShrinkRefused,
+    WrongState,
+)
 from atoll.model.objects import Instance, Node, Pool, Volume, VolumeState
 from atoll.model.units import format_size
 from atoll.operations.common import (
@@ -20,7 +32,7 @@ from atoll.operations.common import (
     prepare_tags,
     run_tags,
 )
-from atoll.operations.making import delete_image, make_volume, mark_deleting, plan_volume
+from atoll.operations.making import delete_image, make_volume, mark_deleting, on_pool, own_refs, plan_volume
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import Nothing, Rename, TagsChange, VolumeCreate, VolumeGrow
 from atoll.operations.state import State
@@ -120,25 +132,32 @@ def _prepare_grow(state: State, target: str, request: VolumeGrow) -> Prepared:
         raise NotSupported(f"driver {driver.name} cannot grow volumes")
     size = check_size_for(driver, new_size(volume, request.size, request.increment))
     return Prepared(
-        {"id": volume.id, "size": size}, locks([pool.resource], [volume.resource]), f"grow volume {volume.name} to {format_size(size)}"
+        frozen(request, id=volume.id), locks([pool.resource], [volume.resource]), f"grow volume {volume.name} to {format_size(size)}"
     )
 
 
 async def grow_image(job: JobContext, volume: str, size: int, prefer: str | None = None) -> None:
-    """Grow the image and the record. It only goes forward: what has grown is not shrunk again."""
+    """Grow the image and the record. Past its commit it only goes forward, for what has grown is not shrunk again; but when the storage
+    refuses and nothing has grown, the job ends undone. Errors: Settled."""
 
     def where() -> dict[str, Any]:
-        state: State = job.state
-        found = state.store.require(Volume, volume)
-        pool = state.store.require(Pool, found.pool)
-        nodes = [state.pool_node(pool, prefer=prefer, owner=found.node).id, *([found.secondary] if found.secondary else [])]
-        refs = [(n, state.ref(pool, state.store.require(Node, n)).model_dump(mode="json")) for n in nodes]
-        return {"refs": refs, "logical_id": found.logical_id}
+        found = job.state.store.require(Volume, volume)
+        return {"refs": own_refs(job.state, found), "logical_id": found.logical_id}
 
     found = await job.read("where", where)
-    for number, (node, ref) in enumerate(found["refs"]):
-        key = f"grow image/{volume}" + (f" copy {number + 1}" if number else "")
-        grown = await job.call(key, node, "volume.grow", {"ref": ref, "logical_id": found["logical_id"], "size": size}, deadline=3600.0)
+    await job.commit()
+    key, args = f"grow image/{volume}", {"logical_id": found["logical_id"], "size": size}
+    grown = 0
+    try:
+        for number, (node, ref) in enumerate(found["refs"]):
+            step = key + (f" copy {number + 1}" if number else "")
+            grown = await job.call(step, node, "volume.grow", {"ref": ref, **args}, deadline=3600.0)
+        if not found["refs"]:
+            grown = await on_pool(job, key, volume, "volume.grow", args, prefer=prefer, deadline=600.0)
+    except (PoolFull, PoolUnavailable, ShrinkRefused, NotFound, NotSupported, InvalidSize) as refusal:
+        if grown or await _has_grown(job, volume, found, size):
+            raise
+        raise Settled(refusal) from refusal
 
     def record() -> Changes:
         kept = job.state.store.require(Volume, volume)
@@ -147,9 +166,35 @@ async def grow_image(job: JobContext, volume: str, size: int, prefer: str | None
     await job.write("record size", record)
 
 
+async def _has_grown(job: JobContext, volume: str, found: dict[str, Any], size: int) -> bool:
+    """Whether the storage shows the new size although it refused. What cannot be looked at was not grown by a refusal."""
+    state: State = job.state
+    pool = state.store.require(Pool, state.store.require(Volume, volume).pool)
+    try:
+        node, ref = found["refs"][0] if found["refs"] else _any_ref(state, pool)
+        stat = await job.ask(node, "volume.stat", {"ref": ref, "logical_id": found["logical_id"]})
+    except UNKNOWN_OUTCOME:
+        raise
+    except AtollError:
+        return False
+    return stat is not None and stat["size"] >= size
+
+
+def _any_ref(state: State, pool: Pool) -> tuple[str, dict[str, Any]]:
+    node = state.pool_node(pool)
+    return node.id, state.ref(pool, node).model_dump(mode="json")
+
+
 async def _run_grow(job: JobContext, request: dict[str, Any]) -> Any:
-    await grow_image(job, request["id"], request["size"])
-    return {"volume": request["id"], "size": request["size"]}
+    def decide() -> int:
+        state: State = job.state
+        volume = _free_volume(state, request["id"])
+        driver = state.driver(state.store.require(Pool, volume.pool))
+        return check_size_for(driver, new_size(volume, request["size"], request["increment"]))
+
+    size = await job.read("new size", decide)
+    await grow_image(job, request["id"], size)
+    return {"volume": request["id"], "size": size}
 
 
 register(Operation("volume.grow", VolumeGrow, _prepare_grow, _run_grow))
@@ -166,7 +211,7 @@ def _prepare_rename(state: State, target: str, request: Rename) -> Prepared:
         held.append(owner.resource)
     pool = state.store.require(Pool, volume.pool)
     return Prepared(
-        {"id": volume.id, "name": request.new_name}, locks([pool.resource], held), f"rename volume {volume.name} to {request.new_name}"
+        frozen(request, id=volume.id), locks([pool.resource], held), f"rename volume {volume.name} to {request.new_name}"
     )
 
 
@@ -207,8 +252,8 @@ async def rename_image(job: JobContext, volume: str, name: str) -> None:
 
 
 async def _run_rename(job: JobContext, request: dict[str, Any]) -> Any:
-    await rename_image(job, request["id"], request["name"])
-    return {"volume": request["id"], "name": request["name"]}
+    await rename_image(job, request["id"], request["new_name"])
+    return {"volume": request["id"], "name": request["new_name"]}
 
 
 register(Operation("volume.rename", Rename, _prepare_rename, _run_rename))

@@ -48,7 +48,7 @@ class Agents:
                 self._greeted[node_id] = hello
             return hello
 
-    async def acknowledged(self, node_ids: set[str]) -> None:
+    async def acknowledged(self, node_ids: set[str], tell: Callable[[str], None] = lambda text: None) -> None:
         """Wait, for as long as it takes, until each of these agents has acknowledged this term or is proved dead."""
         for node_id in sorted(node_ids):
             pause = 0.1
@@ -56,7 +56,8 @@ class Agents:
                 try:
                     await self.greet(node_id)
                     break
-                except UNKNOWN_OUTCOME:
+                except UNKNOWN_OUTCOME as error:
+                    tell(f"waiting for node {self.node(node_id).name}: {error.message}")
                     await asyncio.sleep(pause)
                     pause = min(pause * 2, 5.0)
 
