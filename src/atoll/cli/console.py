@@ -57,7 +57,7 @@ def _here(name: str) -> Path | None:
         except (OSError, ValueError):
             continue
         if name in (found.get("name"), found.get("instance")):
-            return spec.parent / "console.sock"
+            return spec.parent / "console.sock" if (spec.parent / "console.sock").exists() else None
     return None
 
 
