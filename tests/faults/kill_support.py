@@ -33,7 +33,8 @@ class KillLab:
     """Three nodes as processes, the fake hypervisor, one shared pool; every daemon looks at its own fault file."""
 
     def __init__(self, name: str) -> None:
-        self.lab = ProcessLab.create(name, 3)
+        # The number lets several runs stand side by side.
+        self.lab = ProcessLab.create(f"{name}-{os.getpid()}", 3)
         make_cluster(self.lab, "fake")
         for node in self.lab.nodes:
             for service in node.services():
@@ -162,5 +163,3 @@ class KillLab:
 
     def close(self) -> None:
         self.lab.down()
-        for path in Path(self.lab.directory).parent.glob("fault-*"):
-            os.unlink(path)

@@ -92,7 +92,7 @@ def test_kill_at_every_step(cluster: KillLab, operation: str) -> None:
     undisturbed = cluster.end_of(story.request())
     assert undisturbed["state"] == "done", undisturbed
     cases = points(cluster, undisturbed)
-    assert len(cases) >= 6
+    assert cases, "the journal tells no steps"
     for node, service, point in cases:
         story.begin()
         row = story.instance()
