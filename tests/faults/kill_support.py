@@ -35,6 +35,13 @@ class KillLab:
     def __init__(self, name: str) -> None:
         # The number lets several runs stand side by side.
         self.lab = ProcessLab.create(f"{name}-{os.getpid()}", 3)
+        try:
+            self._bring_up()
+        except BaseException:
+            self.lab.down()
+            raise
+
+    def _bring_up(self) -> None:
         make_cluster(self.lab, "fake")
         for node in self.lab.nodes:
             for service in node.services():

@@ -21,9 +21,11 @@ MIB = 1 << 20
 def cluster() -> Iterator[KillLab]:
     lab = KillLab("masters")
     body = {"name": "web", "template": "shared", "disks": [{"size": 16 * MIB}], "memory": 16 * MIB, "append": "ctr=vda"}
-    lab.do("POST", "/v1/instances", node="node2", **body)
-    yield lab
-    lab.close()
+    try:
+        lab.do("POST", "/v1/instances", node="node2", **body)
+        yield lab
+    finally:
+        lab.close()
 
 
 def acknowledged_more(cluster: KillLab, instance: str, seconds: float = 20.0) -> None:
