@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from atoll.agent.service import Handler
-from atoll.model.errors import AtollError
-from atoll.model.messages import Attached, Connection, PoolRef
+from atoll.model.errors import AtollError, PoolUnavailable
+from atoll.model.messages import Attached, Connection, PoolRef, Progress
 from atoll.rpc.contract import Report
 from atoll.storage.contract import StorageAccess
 
@@ -95,6 +95,7 @@ class StorageOrders:
             "volume.sync": ("sync", LONG),
         }
         handlers: dict[str, Handler] = {name: self._pool(method, deadline) for name, (method, deadline) in simple.items()}
+        handlers["pool.unprepare"] = self.unprepare
         handlers["volume.uncreate"] = self.uncreate
         handlers["disks.connect"] = self.connect
         handlers["disks.activate"] = self.activate
@@ -108,6 +109,13 @@ class StorageOrders:
             return await self._storage.pool(ref, method, deadline, **rest)
 
         return handler
+
+    async def unprepare(self, args: dict[str, Any], report: Report) -> Any:
+        """The undo of a preparation: where the storage is not there, nothing was marked, and nothing is to be taken back."""
+        try:
+            await self._storage.pool(PoolRef(**args["ref"]), "forget", QUICK)
+        except PoolUnavailable as error:
+            report(Progress(text=f"nothing to take back: {error.message}"))
 
     async def uncreate(self, args: dict[str, Any], report: Report) -> Any:
         """The undo of a creation: delete by what the creation would have made, whether or not its logical id was ever told."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from atoll.jobs.context import JobContext
 from atoll.jobs.steps import Changes
-from atoll.model.errors import UNKNOWN_OUTCOME, NeedsProof, NodeAnswers, NodeUnavailable, NotMobile, WrongState
+from atoll.model.errors import UNKNOWN_OUTCOME, InUse, NeedsProof, NodeAnswers, NodeUnavailable, NotMobile, WrongState
 from atoll.model.objects import DeathProof, Instance, Node, Pool, Writers
 from atoll.operations.common import PlacementView, frozen, locks, needs_of
 from atoll.operations.registry import Operation, Prepared, register
@@ -140,7 +140,10 @@ async def _run_start(job: JobContext, request: dict[str, Any]) -> Any:
         return plan_start(job.state, instance, request["node"], request["node_is_dead"])
 
     plan = await job.read("plan", decide)
-    await bring_claim(job, request["id"], plan)
+    try:
+        await bring_claim(job, request["id"], plan)
+    except InUse as error:
+        raise WrongState(f"the instance runs already: {error.message}", hint="atoll instance list") from error
     await start_on(job, request["id"], plan["node"], patience=20.0 if plan["proof"] else 0.0)
     return {"instance": request["id"], "node": plan["node"]}
 

@@ -72,7 +72,7 @@ async def prepare_on_nodes(job: JobContext, pool: str, ref: dict[str, Any], node
     for number, (node, name) in enumerate(nodes):
         create = local or (first and number == 0)
         here = {**ref, "node": name}
-        undo = Undo("pool.forget", {"ref": here}, node=node) if create else None
+        undo = Undo("pool.unprepare", {"ref": here}, node=node) if create else None
         job.progress(10 + 60 * number / len(nodes), f"preparing {name}")
         await job.call(f"prepare/{name}", node, "pool.prepare", {"ref": here, "create": create}, undo=undo)
 
@@ -85,10 +85,11 @@ async def measure_writers(job: JobContext, ref: dict[str, Any], nodes: list[tupl
     holder, looker = nodes[0], nodes[0] if local else nodes[1]
     there, here = {**ref, "node": holder[1]}, {**ref, "node": looker[1]}
 
-    async def probe(key: str, node: tuple[str, str], at: dict[str, Any], action: str) -> bool:
-        return bool(await job.call(f"{key}{suffix}", node[0], "pool.probe", {"ref": at, "action": action}))
+    async def probe(key: str, node: tuple[str, str], at: dict[str, Any], action: str, undo: Undo | None = None) -> bool:
+        return bool(await job.call(f"{key}{suffix}", node[0], "pool.probe", {"ref": at, "action": action}, undo=undo))
 
-    held = await probe("take a probe lock", holder, there, "hold")
+    let_go = Undo("pool.probe", {"ref": there, "action": "drop"}, node=holder[0], dies=True)
+    held = await probe("take a probe lock", holder, there, "hold", let_go)
     seen = await probe("look for the lock", looker, here, "look")
     await probe("drop the lock", holder, there, "drop")
     gone = not await probe("look again", looker, here, "look")
