@@ -15,7 +15,7 @@ from starlette.routing import Route
 from atoll.agent.service import Service
 from atoll.model.errors import AtollError, Forbidden, HostError, MalformedRequest, RequestTooLarge
 from atoll.model.messages import Call, Progress
-from atoll.rpc.https import lines
+from atoll.rpc.https import PULSE, lines
 from atoll.runtime import certs
 
 log = structlog.get_logger()
@@ -56,11 +56,13 @@ async def _answer(service: Service, order: Call) -> AsyncIterator[bytes]:
     try:
         while not task.done():
             getter = asyncio.ensure_future(queue.get())
-            await asyncio.wait({task, getter}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({task, getter}, timeout=PULSE, return_when=asyncio.FIRST_COMPLETED)
             if getter.done():
                 yield lines(progress=getter.result())
-            else:
-                getter.cancel()
+                continue
+            getter.cancel()
+            if not task.done():
+                yield b"\n"
         try:
             yield lines(result=task.result())
         except AtollError as error:

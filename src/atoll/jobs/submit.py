@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from atoll.jobs.context import unbroken
 from atoll.jobs.steps import args_hash
 from atoll.model.errors import UNKNOWN_OUTCOME, AtollError, Held, InvalidInput, KeyReused
-from atoll.model.objects import Hold, IdempotencyKey, Job
+from atoll.model.objects import KINDS, Hold, IdempotencyKey, Job
 
 if TYPE_CHECKING:
     from atoll.jobs.engine import Engine
@@ -31,7 +31,7 @@ class Submitter:
         self._keys: dict[str, asyncio.Event] = {}
 
     def not_before(self) -> int:
-        """No job with a smaller number will begin any more. A number whose job never became durable may be given again by the next leader."""
+        """No job with a smaller number will begin any more. The next leader gives numbers again whose jobs never became durable."""
         return min(self._writing, default=self._durable + 1)
 
     async def write(self, job: Job, work: Awaitable[None]) -> None:
@@ -66,13 +66,10 @@ class Submitter:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "request"
             raise InvalidInput(f"{where}: {first['msg']}") from None
+        # First of all: whatever else stands against the request, a job that holds its object is what the person must hear of.
+        self._refuse_held(self._resources_of(operation.split(".")[0], target))
         prepared = found.prepare(self._engine.state, target, parsed)
-        for resource in (*prepared.locks.exclusive, *prepared.locks.shared):
-            hold = self._engine.store.get(Hold, resource)
-            if hold is not None:
-                raise Held(
-                    f"{resource} is held by job {hold.job}: {hold.reason}", hint="; ".join(hold.commands), job=hold.job, resource=resource
-                )
+        self._refuse_held((*prepared.locks.exclusive, *prepared.locks.shared))
         return Job(
             id=f"{self._next:010d}",
             operation=operation,
@@ -86,6 +83,20 @@ class Submitter:
             deadline=found.deadline,
             summary=prepared.summary,
         )
+
+    def _resources_of(self, noun: str, target: str) -> list[str]:
+        """The resource that the target names, if it exists."""
+        store = self._engine.store
+        found = [store.get(cls, target) or store.by_name(cls, target) for cls in KINDS if cls.noun == noun]
+        return [item.resource for item in found if item is not None]
+
+    def _refuse_held(self, resources: Iterable[str]) -> None:
+        for resource in resources:
+            hold = self._engine.store.get(Hold, resource)
+            if hold is not None:
+                raise Held(
+                    f"{resource} is held by job {hold.job}: {hold.reason}", hint="; ".join(hold.commands), job=hold.job, resource=resource
+                )
 
     async def submit(self, operation: str, target: str, request: dict[str, Any], *, who: str, key: str = "") -> tuple[Job, bool]:
         """Make it a job, durably. True: the same key came before, and this is its job. Errors: KeyReused, those of ``prepare``."""

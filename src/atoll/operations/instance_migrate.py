@@ -21,8 +21,10 @@ from atoll.operations.running import as_primary, check_runs, connect_disks, gues
 from atoll.operations.state import State
 from atoll.placement.choose import choose
 
-#: Seconds that the settling looks at both sides before it asks a person.
-SETTLE = 40.0
+#: Seconds that the settling looks at both sides before it asks a person; the guest stands still meanwhile.
+SETTLE = 20.0
+#: Seconds from the order to go on until ``completed``: longer than the watchdog of a migration waits, which decides first.
+SWITCHOVER = 20.0
 
 
 def plan_migrate(state: State, instance: Instance, wanted: str | None) -> dict[str, Any]:
@@ -126,7 +128,7 @@ async def _settle(job: JobContext, instance: str, plan: dict[str, Any], spec: di
     if not job.journaled("verdict"):
         try:
             figures = await job.call(
-                "go on to completed", source, "guest.migrate_continue", {"instance": instance}, deadline=60.0, span=(92.0, 97.0)
+                "go on to completed", source, "guest.migrate_continue", {"instance": instance}, deadline=SWITCHOVER, span=(92.0, 97.0)
             )
             verdict = "target"
         except AtollError:

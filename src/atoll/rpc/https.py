@@ -1,7 +1,8 @@
 """The transport between machines: HTTPS with both certificates checked. Answers stream, so that progress arrives while it happens.
 
 One POST is one attempt of an order. The answer is lines of JSON: ``{"progress": ...}`` any number of times, then ``{"result": ...}``
-or ``{"error": ...}``. A connection that ends without one of the two leaves the outcome unknown.
+or ``{"error": ...}``; empty lines say that the agent still works on it. A connection that ends without one of the two, or falls silent,
+leaves the outcome unknown.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from atoll.rpc.contract import Report
 
 #: Seconds to connect; and seconds beyond an order's deadline after which its answer is no longer waited for.
 CONNECT, SLACK = 3.0, 2.0
+#: An agent that works on an order sends at least an empty line each PULSE seconds; after SILENT without a byte it is gone.
+PULSE, SILENT = 2.0, 10.0
 
 
 class HttpsTransport:
@@ -39,13 +42,15 @@ class HttpsTransport:
         """See ``Transport``."""
         host = f"[{node.address}]" if ":" in node.address else node.address
         url = f"https://{host}:{node.port}/call"
-        timeout = aiohttp.ClientTimeout(total=call.deadline + SLACK, sock_connect=CONNECT)
+        timeout = aiohttp.ClientTimeout(total=call.deadline + SLACK, sock_connect=CONNECT, sock_read=SILENT)
         try:
             # The agent's certificate must be this node's, not only some node's of the cluster.
             async with self._client().post(
                 url, data=call.model_dump_json(), timeout=timeout, server_hostname=node.name, headers={"Content-Type": "application/json"}
             ) as answer:
                 async for line in answer.content:
+                    if not line.strip():
+                        continue
                     message = json.loads(line)
                     if "progress" in message:
                         report(Progress(**message["progress"]))
@@ -53,6 +58,8 @@ class HttpsTransport:
                         raise from_wire(message["error"])
                     else:
                         return message["result"]
+        except aiohttp.ServerTimeoutError:
+            raise Unreachable(f"node {node.name} ({node.address}) is silent") from None
         except TimeoutError:
             raise DeadlineExceeded(f"node {node.name} did not finish {call.method} within {call.deadline:g} s") from None
         except (aiohttp.ClientError, OSError, ssl.SSLError, json.JSONDecodeError) as error:
