@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -123,3 +124,87 @@ async def test_close_leaves_no_process(worker: Worker) -> None:
     pid = (await worker.call("echo", 20, value=1))["pid"]
     await worker.close()
     assert not Path(f"/proc/{pid}").exists()
+
+
+async def test_an_idle_child_that_died_is_replaced_unnoticed(worker: Worker) -> None:
+    pid = (await worker.call("echo", 20, value=1))["pid"]
+    os.kill(pid, signal.SIGKILL)
+    await _gone(pid)
+    assert (await worker.call("echo", 20, value=2))["value"] == 2
+
+
+async def _gone(pid: int) -> None:
+    async with asyncio.timeout(10):
+        while True:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] if Path(f"/proc/{pid}").exists() else "X"
+            if state in "ZX":
+                return
+            await asyncio.sleep(0.02)
+
+
+async def test_a_stopped_child_is_killed_at_the_deadline(worker: Worker) -> None:
+    pid = (await worker.call("echo", 20, value=1))["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(DeadlineExceeded):
+        await worker.call("echo", 0.5, value=2)
+    await _gone(pid)
+
+
+async def test_what_a_call_started_ends_with_it(worker: Worker, tmp_path: Path) -> None:
+    with pytest.raises(DeadlineExceeded):
+        await worker.call("fork_and_hang", 2.0, path=str(tmp_path / "pid"))
+    await _gone(int((tmp_path / "pid").read_text()))
+
+
+async def test_waiting_and_working_share_one_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([HERE, *sys.path]))
+    narrow = Worker("pool x", "worker_calls", lanes=1)
+    await narrow.call("echo", 20, value=1)
+    slow = asyncio.ensure_future(narrow.call("nap", 30, seconds=2))
+    await asyncio.sleep(0)
+    start = time.monotonic()
+    with pytest.raises(DeadlineExceeded, match="took longer"):
+        await narrow.call("hang", 3.0)
+    # With a deadline for each it would be five seconds; the rest is what a busy machine may need to kill a process.
+    assert time.monotonic() - start < 4.5
+    await slow
+    await narrow.close()
+
+
+async def test_there_are_never_more_processes_than_lanes(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = []
+
+    async def unkillable(child: module._Child) -> bool:
+        kept.append(child.process)
+        return False
+
+    real = module._Child.kill
+    monkeypatch.setattr(module._Child, "kill", unkillable)
+    results = await asyncio.gather(*(worker.call("hang", 0.5) for _ in range(6)), return_exceptions=True)
+    assert all(isinstance(result, (DeadlineExceeded, PoolUnavailable)) for result in results)
+    assert len(kept) == 3
+    monkeypatch.setattr(module._Child, "kill", real)
+    # One that comes back after all gives its lane back at once: the call that waits for it goes on.
+    for process in kept:
+        process.kill()
+    async with asyncio.timeout(10):
+        while True:
+            if not worker.stalled():
+                break
+            await asyncio.sleep(0.02)
+    assert (await worker.call("echo", 20, value=1))["value"] == 1
+
+
+async def test_a_closed_worker_starts_nothing(worker: Worker) -> None:
+    under_way = asyncio.ensure_future(worker.call("nap", 30, seconds=20))
+    await worker.call("echo", 20, value=1)
+    await worker.close()
+    with pytest.raises(Unreachable):
+        await under_way
+    with pytest.raises(Unreachable, match="closed"):
+        await worker.call("echo", 20, value=1)
+
+
+async def test_many_calls_share_the_lanes(worker: Worker) -> None:
+    pids = {result["pid"] for result in await asyncio.gather(*(worker.call("echo", 30, value=n) for n in range(40)))}
+    assert 1 <= len(pids) <= 3

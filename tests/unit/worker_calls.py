@@ -1,7 +1,9 @@
 """Functions for the workers of test_worker.py."""
 
 import os
+import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 from atoll.model.errors import PoolFull
@@ -32,4 +34,9 @@ def die() -> None:
     os._exit(3)
 
 
-FUNCTIONS = {f.__name__: f for f in (echo, hang, nap, full, bug, die)}
+def fork_and_hang(path: str) -> None:
+    with subprocess.Popen(["sleep", "600"]) as process:
+        Path(path).write_text(str(process.pid))
+
+
+FUNCTIONS = {f.__name__: f for f in (echo, hang, nap, full, bug, die, fork_and_hang)}
