@@ -1,4 +1,4 @@
-"""Every fault point of every operation, once with the death of the master, of the agent, and of both. The cases come from undisturbed runs."""
+"""Every fault point of every operation, with the death of the master, of the agent, and of both. Cases come from undisturbed runs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run_case(story: Story, point: str, kill: str) -> None:
                 await settle(box)
             check(box, free=story.frees)
             after = dump(box)
-            if job.state == "undone":
+            if job.state == "undone" and not story.partial:
                 assert after == before, "undone, but something has changed"
             if not story.internal:
                 again = await box.submit(story.operation, story.target, key="the key", **story.request)

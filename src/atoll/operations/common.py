@@ -154,6 +154,7 @@ def run_tags(cls: type[Stored]) -> Any:
             tags = sorted((set(found.tags) | set(request["add"])) - set(request["remove"]))
             return Changes(put=[found.model_copy(update={"tags": tuple(tags)})], result={"tags": tags})
 
+        await job.commit()
         return await job.write("tags", change)
 
     return run

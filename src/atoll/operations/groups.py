@@ -25,6 +25,7 @@ async def _run_add(job: JobContext, request: dict[str, Any]) -> Any:
     ident = await job.read("id", lambda: new_id("group", job.state.rng))
     pin = {"cpu_model": request["cpu_model"], "accelerator": request["accelerator"], "machine": request["machine"]}
     new = Group(id=ident, name=request["name"], pin=MachinePin(**{k: v for k, v in pin.items() if v}))
+    await job.commit()
     await job.write("record", lambda: Changes(put=[new]))
     return {"group": ident, "name": request["name"]}
 
@@ -48,6 +49,7 @@ async def _run_modify(job: JobContext, request: dict[str, Any]) -> Any:
         pools = {k: v for k, v in {**group.default_pools, **request["default_pools"]}.items() if v}
         return Changes(put=[group.model_copy(update={"pin": group.pin.model_copy(update=pin), "default_pools": pools})])
 
+    await job.commit()
     await job.write("change", change)
     return {"group": request["id"]}
 
@@ -75,6 +77,7 @@ async def _run_remove(job: JobContext, request: dict[str, Any]) -> Any:
         cleared = [p.model_copy(update={"groups": tuple(g for g in p.groups if g != request["id"])}) for p in pools]
         return Changes(put=[*cleared], delete=[state.store.require(Group, request["id"])])
 
+    await job.commit()
     await job.write("remove", remove)
     return {"group": request["id"]}
 
@@ -93,6 +96,7 @@ async def _run_rename(job: JobContext, request: dict[str, Any]) -> Any:
     def rename() -> Changes:
         return Changes(put=[job.state.store.require(Group, request["id"]).model_copy(update={"name": request["new_name"]})])
 
+    await job.commit()
     await job.write("rename", rename)
     return {"group": request["id"], "name": request["new_name"]}
 
@@ -122,6 +126,7 @@ async def _run_assign(job: JobContext, request: dict[str, Any]) -> Any:
         moved = [n for n in nodes if n.group != request["id"]]
         return Changes(put=[n.model_copy(update={"group": request["id"], "ready": False}) for n in moved])
 
+    await job.commit()
     await job.write("assign", assign)
     return {"group": request["id"], "nodes": request["nodes"]}
 
@@ -152,6 +157,7 @@ async def _run_cluster(job: JobContext, request: dict[str, Any]) -> Any:
             update["hypervisor"] = request["hypervisor"]
         return Changes(put=[cluster.model_copy(update=update)])
 
+    await job.commit()
     await job.write("change", change)
     return {"cluster": "cluster"}
 

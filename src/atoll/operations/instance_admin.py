@@ -88,6 +88,7 @@ async def _run_modify(job: JobContext, request: dict[str, Any]) -> Any:
             update["nics"] = tuple(Nic(**nic) for nic in nics)
         return Changes(put=[found.model_copy(update=update)], result={"takes_effect": "at the next start"})
 
+    await job.commit()
     return await job.write("change", change)
 
 

@@ -334,6 +334,7 @@ async def _run_activate(job: JobContext, request: dict[str, Any]) -> Any:
 async def _run_deactivate(job: JobContext, request: dict[str, Any]) -> Any:
     instance, node = request["id"], request["node"]
     await job.call("deactivate", node, "disks.deactivate", {"owner": instance})
+    await job.commit()
     generation = await job.read("generation", lambda: job.state.claim(instance).generation)
     await job.call("release claim", node, "claim.release", {"instance": instance, "generation": generation})
 

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from atoll.jobs.context import JobContext
-from atoll.jobs.steps import Changes
+from atoll.jobs.steps import Changes, Undo, undo_function
 from atoll.model.errors import AtollError, InUse, InvalidInput, NodeAnswers, NodeUnavailable, WrongState
 from atoll.model.objects import DeathProof, Group, Instance, JobState, Node, Pool, Volume
 from atoll.operations.common import frozen, locks, prepare_tags, run_tags
@@ -45,6 +45,7 @@ async def _run_modify(job: JobContext, request: dict[str, Any]) -> Any:
             update["roles"] = tuple(sorted(request["roles"]))
         return Changes(put=[node.model_copy(update=update)])
 
+    await job.commit()
     await job.write("change", change)
     return {"node": request["id"]}
 
@@ -71,6 +72,7 @@ async def _run_remove(job: JobContext, request: dict[str, Any]) -> Any:
         gone = [state.store.require(Node, request["id"]), state.store.get(DeathProof, request["id"])]
         return Changes(delete=[item for item in gone if item is not None])
 
+    await job.commit()
     await job.write("remove", remove)
     return {"node": request["id"]}
 
@@ -99,6 +101,12 @@ async def _run_dead(job: JobContext, request: dict[str, Any]) -> Any:
 
 
 register(Operation("node.declare-dead", NodeDeclareDead, _prepare_dead, _run_dead, role="admin"))
+
+
+@undo_function("node.drained")
+def _restore_drained(state: State, args: dict[str, Any]) -> Changes:
+    found = state.store.get(Node, args["node"])
+    return Changes(put=[found.model_copy(update={"drained": args["drained"]})] if found else [])
 
 
 def _prepare_move(verb: str) -> Any:
@@ -141,7 +149,8 @@ def _run_move(verb: str) -> Any:
                 node = job.state.store.require(Node, request["id"])
                 return Changes(put=[node.model_copy(update={"drained": True})])
 
-            await job.write("drain", drain)
+            was = await job.read("drained before", lambda: job.state.store.require(Node, request["id"]).drained)
+            await job.write("drain", drain, Undo("node.drained", {"node": request["id"], "drained": was}))
         outcome: dict[str, str] = {}
         for number, (instance, name) in enumerate(plan):
             job.progress(100 * number / len(plan), f"{verb} {name}")
@@ -156,13 +165,12 @@ def _run_move(verb: str) -> Any:
                 outcome[name] = "done" if child.state is JobState.DONE else f"{child.state}: {why}"
             except AtollError as error:
                 outcome[name] = error.message
-        await job.commit()
-        result = await job.read("outcome", lambda: outcome)
-        failed = {name: why for name, why in result.items() if why != "done"}
+        failed = {name: why for name, why in outcome.items() if why != "done"}
         if failed:
+            # Those that have moved stay where they are: going back would be another move, which nobody asked for.
             first = next(iter(failed))
-            raise WrongState(f"{len(failed)} of {len(result)} instances did not move; {first}: {failed[first]}", hint="atoll job list")
-        return {"node": request["id"], "moved": sorted(result)}
+            raise WrongState(f"{len(failed)} of {len(outcome)} instances did not move; {first}: {failed[first]}", hint="atoll job list")
+        return {"node": request["id"], "moved": sorted(outcome)}
 
     return run
 

@@ -123,7 +123,7 @@ async def _run_add(job: JobContext, request: dict[str, Any]) -> Any:
         )
         return Changes(put=[new])
 
-    await job.write("record", record)
+    await job.write("record", record, Undo("pool.drop", {"pool": decided["pool"]}))
     return {"pool": decided["pool"], "name": request["name"], "writers": writers}
 
 
@@ -187,6 +187,7 @@ async def _run_connect(job: JobContext, request: dict[str, Any]) -> Any:
 
     decided = await job.read("plan", plan)
     await prepare_on_nodes(job, request["id"], decided["ref"], decided["nodes"], first=False)
+    await job.commit()
 
     def record() -> Changes:
         pool = job.state.store.require(Pool, request["id"])
@@ -218,6 +219,7 @@ async def _run_disconnect(job: JobContext, request: dict[str, Any]) -> Any:
         pool = job.state.store.require(Pool, request["id"])
         return Changes(put=[pool.model_copy(update={"groups": tuple(g for g in pool.groups if g != request["group"])})])
 
+    await job.commit()
     await job.write("record", record)
     return {"pool": request["id"], "group": request["group"]}
 
@@ -259,6 +261,7 @@ async def _run_check(job: JobContext, request: dict[str, Any]) -> Any:
         pool = job.state.store.require(Pool, request["id"])
         return Changes(put=[pool.model_copy(update={"writers": Writers(writers)})])
 
+    await job.commit()
     await job.write("record", record)
     return {"pool": request["id"], "writers": writers, "nodes": found, "ok": all(f["ok"] for f in found.values())}
 
@@ -277,6 +280,7 @@ async def _run_modify(job: JobContext, request: dict[str, Any]) -> Any:
         reason = request["reason"] or ("closed by the administrator" if request["state"] == "closed" else "")
         return Changes(put=[pool.model_copy(update={"state": request["state"], "state_reason": reason})])
 
+    await job.commit()
     await job.write("change", change)
     return {"pool": request["id"], "state": request["state"]}
 

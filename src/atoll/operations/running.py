@@ -12,6 +12,8 @@ from atoll.model.objects import Claim, Instance, Node, Pool, Volume, VolumeState
 from atoll.operations.state import State
 from atoll.storage.contract import Mirroring
 
+#: What starting and stopping change of an instance's record.
+WANTED = ("desired", "stopped_by", "home")
 #: Seconds that a start waits for a dead client's locks to end with their lease.
 PATIENCE = 20.0
 
@@ -90,7 +92,13 @@ def _free_claim(state: State, args: dict[str, Any]) -> Changes:
 @undo_function("instance.desired")
 def _restore_desired(state: State, args: dict[str, Any]) -> Changes:
     found = state.store.get(Instance, args["instance"])
-    return Changes(put=[found.model_copy(update={"desired": args["desired"]})] if found else [])
+    return Changes(put=[found.model_copy(update={field: args[field] for field in WANTED})] if found else [])
+
+
+def wanted(state: State, instance: str) -> dict[str, Any]:
+    """What starting and stopping change of an instance, as the argument of the undo."""
+    found = state.store.require(Instance, instance)
+    return {"instance": instance, **{field: getattr(found, field) for field in WANTED}}
 
 
 def mirrored_disks(state: State, instance: Instance) -> list[Volume]:
@@ -150,6 +158,7 @@ async def start_on(
     generation = await job.read(f"next generation{suffix}", lambda: job.state.claim(instance).generation + 1)
     undo = Undo("claim.free", {"instance": instance, "node": node, "generation": generation})
     await job.write(f"take the claim{suffix}", take, undo)
+    await _make_primary(job, instance, node, suffix)
     disks = await connect_disks(job, instance, node, suffix=suffix, patience=patience)
     spec = await job.read(f"spec{suffix}", lambda: guest_spec(job.state, job.state.store.require(Instance, instance), generation))
     await job.call(
@@ -162,19 +171,38 @@ async def start_on(
         span=span,
     )
 
-    before = await job.read(f"desired before{suffix}", lambda: job.state.store.require(Instance, instance).desired)
+    before = await job.read(f"desired before{suffix}", lambda: wanted(job.state, instance))
 
     def record() -> Changes:
         found = job.state.store.require(Instance, instance)
+        return Changes(put=[found.model_copy(update={"desired": "running", "home": node, "stopped_by": ""})])
+
+    await job.write(f"record running{suffix}", record, Undo("instance.desired", before))
+
+
+async def _make_primary(job: JobContext, instance: str, node: str, suffix: str) -> None:
+    """Internally mirrored disks: before the guest writes the node's copies, they are brought up if they can be, and are the primaries.
+
+    There is no way back: from then on the other copies are the older ones.
+    """
+
+    def plan() -> str | None:
+        state: State = job.state
+        others = [v.node for v in mirrored_disks(state, state.store.require(Instance, instance)) if v.node != node]
+        return others[0] if others else None
+
+    other = await job.read(f"other primary{suffix}", plan)
+    if other is None:
+        return
+    if await job.read(f"other primary answers{suffix}", lambda: job.state.answers(other)):
+        await sync_copies(job, instance, other, suffix=f" before start{suffix}")
+
+    def swap() -> Changes:
+        found = job.state.store.require(Instance, instance)
         swapped = as_primary(job.state, found, node)
-        running = found.model_copy(update={"desired": "running", "home": node, "stopped_by": "", **_secondary(swapped)})
-        return Changes(put=[running, *swapped])
+        return Changes(put=[found.model_copy(update={"secondary": swapped[0].secondary}), *swapped] if swapped else [])
 
-    await job.write(f"record running{suffix}", record, Undo("instance.desired", {"instance": instance, "desired": before}))
-
-
-def _secondary(swapped: list[Volume]) -> dict[str, Any]:
-    return {"secondary": swapped[0].secondary} if swapped else {}
+    await job.write(f"make primary{suffix}", swap)
 
 
 async def stop_on(job: JobContext, instance: str, node: str, grace: float, *, by: str = "", suffix: str = "") -> bool:
@@ -187,9 +215,8 @@ async def stop_on(job: JobContext, instance: str, node: str, grace: float, *, by
         found = job.state.store.require(Instance, instance)
         return Changes(put=[found.model_copy(update={"desired": "stopped", "stopped_by": by})], result=found.desired)
 
-    before = await job.read(f"desired before stop{suffix}", lambda: job.state.store.require(Instance, instance).desired)
-    undo = Undo("instance.desired", {"instance": instance, "desired": before})
-    await job.write(f"want stopped{suffix}", want_stopped, undo)
+    before = await job.read(f"desired before stop{suffix}", lambda: wanted(job.state, instance))
+    await job.write(f"want stopped{suffix}", want_stopped, Undo("instance.desired", before))
     generation = await job.read(f"generation to stop{suffix}", lambda: job.state.claim(instance).generation)
     answer = await job.call(
         f"stop guest{suffix}",

@@ -31,9 +31,10 @@ class InProcessTransport:
         task = asyncio.ensure_future(self._deliver(node, call, report))
         self._late.add(task)
         task.add_done_callback(self._late.discard)
+        # Who asked may be gone when it ends; then nobody looks at its error.
+        task.add_done_callback(lambda t: t.cancelled() or t.exception())
         done, _ = await asyncio.wait([task], timeout=call.deadline)
         if not done:
-            task.add_done_callback(lambda t: t.cancelled() or t.exception())
             raise DeadlineExceeded(f"node {node.name} did not finish {call.method} within {call.deadline:g} s")
         return task.result()
 
