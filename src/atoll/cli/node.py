@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,9 @@ def _over_ssh(host: str, command: list[str], token: str) -> None:
     if host.startswith("-"):
         raise InvalidInput(f"{host!r} is not a host")
     try:
-        done = subprocess.run(["ssh", "--", host, shlex.join(command)], input=token + "\n", text=True, timeout=SSH_DEADLINE, check=False)
+        # There it is where it is here, if its own PATH does not know it.
+        there = f'PATH="$PATH:{Path(sys.executable).parent}" {shlex.join(command)}'
+        done = subprocess.run(["ssh", "--", host, there], input=token + "\n", text=True, timeout=SSH_DEADLINE, check=False)
     except FileNotFoundError:
         raise HostError("there is no ssh on this machine", hint="install openssh-client, or leave --ssh away") from None
     except subprocess.TimeoutExpired:
