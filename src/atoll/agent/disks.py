@@ -18,6 +18,11 @@ from atoll.storage.contract import StorageAccess
 QUICK, LONG = 30.0, 3600.0
 
 
+def by_hand(instance: str) -> str:
+    """The owner of what an administrator has attached of an instance's disks, apart from its guest."""
+    return f"{instance}.by-hand"
+
+
 class Attachments:
     """What this agent attached for which instance, remembered in the run directory: like the attachments, it is gone after a reboot.
 
@@ -51,6 +56,10 @@ class Attachments:
                 await self._storage.connector(entry["pool"], connection["driver"], "detach", QUICK, connection=connection)
                 del kept[volume]
                 self._save(owner)
+
+    def holds(self, owner: str) -> bool:
+        """Whether anything is attached for the owner."""
+        return bool(self._kept.get(owner))
 
     def connection(self, owner: str, volume: str) -> tuple[str, Connection] | None:
         """The pool and connection of an attached volume."""
@@ -156,14 +165,14 @@ class StorageOrders:
         try:
             for disk in args["disks"]:
                 connection = Connection(**disk["connection"])
-                attached = await self._attachments.attach(args["owner"], disk["pool"], connection, "kernelspace")
+                attached = await self._attachments.attach(by_hand(args["owner"]), disk["pool"], connection, "kernelspace")
                 paths[connection.volume] = attached.path
         except AtollError:
-            await self._attachments.detach(args["owner"])
+            await self._attachments.detach(by_hand(args["owner"]))
             raise
         return paths
 
     async def deactivate(self, args: dict[str, Any], report: Report) -> Any:
         """End that."""
-        await self._attachments.detach(args["owner"])
+        await self._attachments.detach(by_hand(args["owner"]))
         return None

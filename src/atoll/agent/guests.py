@@ -6,7 +6,7 @@ import asyncio
 from collections import defaultdict
 from typing import Any
 
-from atoll.agent.disks import QUICK, Attachments
+from atoll.agent.disks import QUICK, Attachments, by_hand
 from atoll.agent.memory import Memory
 from atoll.agent.service import Handler
 from atoll.hypervisor.contract import Hypervisor
@@ -48,6 +48,10 @@ class GuestOrders:
         if generation <= refused:
             raise StaleGeneration(f"this node has promised to refuse generation {generation} of {instance} (and all up to {refused})")
 
+    def _check_by_hand(self, instance: str) -> None:
+        if self._attachments.holds(by_hand(instance)):
+            raise InUse("its disks are activated here for an administrator", hint="atoll instance deactivate-disks INSTANCE")
+
     async def _attach_all(self, spec: GuestSpec, disks: list[dict[str, Any]]) -> GuestSpec:
         by_volume = {d["connection"]["volume"]: d for d in disks}
         attached = []
@@ -62,6 +66,7 @@ class GuestOrders:
         spec = GuestSpec(**args["spec"])
         async with self._locks[spec.instance]:
             self._check_generation(spec.instance, spec.generation)
+            self._check_by_hand(spec.instance)
             try:
                 spec = await self._attach_all(spec, args["disks"])
                 report(Progress(text="starting the guest"))
@@ -77,6 +82,7 @@ class GuestOrders:
         spec = GuestSpec(**args["spec"])
         async with self._locks[spec.instance]:
             self._check_generation(spec.instance, spec.generation)
+            self._check_by_hand(spec.instance)
             spec = await self._attach_all(spec, args["disks"])
             endpoint = await self._hypervisor.incoming(spec, args.get("copy", []), args["peer"], report)
             return endpoint.model_dump(mode="json")
@@ -85,6 +91,7 @@ class GuestOrders:
         """Stop the guest, detach its disks, and promise to refuse its generation: the durable "it does not run here"."""
         instance = args["instance"]
         async with self._locks[instance]:
+            self._check_by_hand(instance)
             clean = await self._hypervisor.stop(instance, args.get("grace", 0.0), report)
             await self._attachments.detach(instance)
             self._memory.refuse(instance, args["generation"])
@@ -97,6 +104,7 @@ class GuestOrders:
             status = await self._hypervisor.status(instance)
             if status.state != "gone":
                 raise InUse(f"the guest is {status.state} here (pid {status.pid})")
+            self._check_by_hand(instance)
             await self._attachments.detach(instance)
             self._memory.refuse(instance, args["generation"])
             return None

@@ -16,7 +16,7 @@ from atoll.operations.instance_power import instance_locks
 from atoll.operations.making import delete_image, make_volume, mark_deleting, plan_volume
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import ActivateDisks, AddDisk, AttachDisk, DetachDisk, GrowDisk, Recreate
-from atoll.operations.running import access_of, attached, check_runs, connect_disks, detached
+from atoll.operations.running import access_of, attached, check_runs, connect_disks, detached, free_claim
 from atoll.operations.state import State
 from atoll.operations.volumes import grow_image, new_size
 from atoll.storage.contract import Mirroring
@@ -337,11 +337,8 @@ async def _run_deactivate(job: JobContext, request: dict[str, Any]) -> Any:
     await job.commit()
     generation = await job.read("generation", lambda: job.state.claim(instance).generation)
     await job.call("release claim", node, "claim.release", {"instance": instance, "generation": generation})
-
-    def free() -> Changes:
-        return Changes(put=[job.state.claim(instance).model_copy(update={"holder": None})])
-
-    await job.write("free the claim", free)
+    # Only if it is this node's: another may hold it.
+    await free_claim(job, instance, node, generation)
     return {"instance": instance}
 
 
