@@ -84,12 +84,14 @@ def test_a_file_system_without_hard_links_is_marked_too(tmp_path: Path, monkeypa
 
 
 def test_what_is_no_mark_is_not_believed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    made(tmp_path / "elsewhere").prepare(create=True)
     mark = tmp_path / ".atoll-pool"
     for plant in (
         lambda: mark.write_text("not json"),
         lambda: mark.write_text('["pool-a"]'),
         lambda: mark.write_text(""),
-        lambda: mark.symlink_to("/etc/passwd"),
+        lambda: mark.symlink_to("elsewhere/.atoll-pool"),
         lambda: os.mkfifo(mark),
     ):
         plant()
