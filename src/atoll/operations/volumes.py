@@ -91,7 +91,7 @@ def _free_volume(state: State, target: str) -> Volume:
     if volume.instance:
         owner = state.store.get(Instance, volume.instance)
         name = owner.name if owner else volume.instance
-        raise InUse(f"volume {volume.name} is a disk of instance {name}", hint=f"atoll instance detach-disk {name} --volume {volume.name}")
+        raise InUse(f"volume {volume.name} is a disk of instance {name}", hint=f"atoll instance detach-disk {name} {volume.name}")
     return volume
 
 
