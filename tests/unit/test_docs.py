@@ -89,9 +89,13 @@ def problem(words: list[str], *, whole: bool) -> str:
         return error.format_message()
     if left:
         return f"{left} is too much"
-    # What is not given is None, or a mark of its own in newer versions of click.
-    missing = [p.name for p in root.params if p.required and whole and not (isinstance(given.get(p.name), (str, tuple, bool)) and given[p.name] != ())]
-    return f"{missing} is missing" if missing else ""
+    missing = [p.name for p in root.params if p.required and absent(given.get(p.name))]
+    return f"{missing} is missing" if missing and whole else ""
+
+
+def absent(value: object) -> bool:
+    """What is not given is None, or a mark of its own in newer versions of click."""
+    return not isinstance(value, (str, tuple, bool)) or value == ()
 
 
 def typed() -> Iterator[tuple[str, str, bool]]:

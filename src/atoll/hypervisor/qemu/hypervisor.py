@@ -79,7 +79,8 @@ class QemuHypervisor:
             elif now.state != "gone":
                 _must_match(now, spec)
                 if now.state == "hung":
-                    raise GuestError(f"guest {spec.instance} has a process here that does not answer", hint="atoll instance stop INSTANCE --timeout 0")
+                    hint = f"atoll instance stop {spec.name} --timeout 0"
+                    raise GuestError(f"guest {spec.instance} has a process here that does not answer", hint=hint)
                 if now.state in ("incoming", "migrated") or now.migration in (migrate.PAUSED, *migrate.BEYOND):
                     raise Conflict(f"guest {spec.instance} cannot be started: it is {now.state} {now.migration}".strip())
                 if now.state == "running":
