@@ -6,6 +6,7 @@ import asyncio
 from collections import defaultdict
 from typing import Any
 
+from atoll.agent.contact import Contact
 from atoll.agent.disks import QUICK, Attachments, by_hand
 from atoll.agent.memory import Memory
 from atoll.agent.service import Handler
@@ -19,8 +20,11 @@ from atoll.storage.contract import StorageAccess
 class GuestOrders:
     """Handlers of ``guest.*`` and ``claim.*``."""
 
-    def __init__(self, hypervisor: Hypervisor, memory: Memory, attachments: Attachments, storage: StorageAccess) -> None:
+    def __init__(
+        self, hypervisor: Hypervisor, memory: Memory, attachments: Attachments, storage: StorageAccess, contact: Contact
+    ) -> None:
         self._hypervisor, self._memory, self._attachments, self._storage = hypervisor, memory, attachments, storage
+        self._contact = contact
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     def handlers(self) -> dict[str, Handler]:
@@ -69,6 +73,8 @@ class GuestOrders:
             self._check_by_hand(spec.instance)
             try:
                 spec = await self._attach_all(spec, args["disks"])
+                # Attaching may have taken long: the instance may be somebody else's by now.
+                self._contact.check("guest.start")
                 report(Progress(text="starting the guest"))
                 await self._hypervisor.start(spec, report)
             except AtollError:
@@ -126,6 +132,7 @@ class GuestOrders:
         disk = GuestDisk(**args["disk"])
         connection = Connection(**args["connection"])
         attached = await self._attachments.attach(args["instance"], args["pool"], connection, args["access"])
+        self._contact.check("guest.plug")
         await self._hypervisor.plug(args["instance"], disk.model_copy(update={"attached": attached}))
 
     async def unplug(self, args: dict[str, Any], report: Report) -> Any:
@@ -164,4 +171,5 @@ class GuestOrders:
         """Let a loaded or paused guest run. Checked like a start: it begins to write here."""
         async with self._locks[args["instance"]]:
             self._check_generation(args["instance"], args["generation"])
+            self._contact.check("guest.resume")
             await self._hypervisor.resume(args["instance"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from atoll.agent.contact import Contact, since_boot
 from atoll.agent.disks import Attachments, StorageOrders
 from atoll.agent.guests import GuestOrders
 from atoll.agent.memory import Memory
@@ -26,16 +28,18 @@ class Agent:
         run_dir: Path | None,
         more: dict[str, Handler] | None = None,
         kept: dict[str, Any] | None = None,
+        now: Callable[[], float] = since_boot,
     ) -> None:
         attachments = Attachments(storage, run_dir, kept)
+        self.contact = Contact(memory, now)
         handlers = {
             **StorageOrders(storage, attachments).handlers(),
-            **GuestOrders(hypervisor, memory, attachments, storage).handlers(),
+            **GuestOrders(hypervisor, memory, attachments, storage, self.contact).handlers(),
             **(more or {}),
         }
         self.hypervisor, self.storage, self.memory = hypervisor, storage, memory
-        self.reporter = Reporter(node, hypervisor, memory, storage)
-        self.service = Service(node, memory, handlers, self.reporter.news)
+        self.reporter = Reporter(node, hypervisor, memory, storage, self.contact)
+        self.service = Service(node, memory, handlers, self.contact, self.reporter.news)
 
     async def close(self) -> None:
         """End the agent; guests go on."""

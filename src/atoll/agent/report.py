@@ -11,6 +11,7 @@ import aiohttp
 import structlog
 
 from atoll import __version__
+from atoll.agent.contact import Contact
 from atoll.agent.memory import Memory
 from atoll.hypervisor.contract import Hypervisor
 from atoll.model.errors import AtollError
@@ -34,8 +35,9 @@ def memory() -> tuple[int, int]:
 class Reporter:
     """Makes reports and sends them."""
 
-    def __init__(self, node: str, hypervisor: Hypervisor, remembered: Memory, storage: StorageAccess) -> None:
+    def __init__(self, node: str, hypervisor: Hypervisor, remembered: Memory, storage: StorageAccess, contact: Contact) -> None:
         self._node, self._hypervisor, self._memory, self._storage = node, hypervisor, remembered, storage
+        self._contact = contact
         self._accelerator = ""
         self._boot_id = ""
         self._news = asyncio.Event()
@@ -82,6 +84,7 @@ class Reporter:
                     continue
 
     async def _post(self, session: aiohttp.ClientSession, url: str, body: str, silent: set[str]) -> None:
+        sent = self._contact.now()
         try:
             async with session.post(
                 f"{url}/agent/v1/report",
@@ -90,6 +93,8 @@ class Reporter:
                 timeout=aiohttp.ClientTimeout(total=3.0),
             ) as answer:
                 if answer.status == 200:
+                    said = await answer.json()
+                    self._contact.heard(sent, said["term"], said.get("dead", False))
                     silent.discard(url)
                 elif url not in silent:
                     silent.add(url)

@@ -9,6 +9,7 @@ from typing import Any
 import structlog
 
 from atoll import __version__
+from atoll.agent.contact import HARMLESS, Contact
 from atoll.agent.memory import Memory
 from atoll.model.errors import AtollError, DeadlineExceeded, NotFound, StepUndone, Unreachable
 from atoll.model.messages import Call, Hello, Progress
@@ -34,8 +35,10 @@ class _Running:
 class Service:
     """Dispatches orders to handlers. ``handlers`` maps a method's name to what does it; ``news`` is called after each step."""
 
-    def __init__(self, node: str, memory: Memory, handlers: dict[str, Handler], news: Callable[[], None] = lambda: None) -> None:
-        self.node, self.memory, self._news = node, memory, news
+    def __init__(
+        self, node: str, memory: Memory, handlers: dict[str, Handler], contact: Contact, news: Callable[[], None] = lambda: None
+    ) -> None:
+        self.node, self.memory, self._contact, self._news = node, memory, contact, news
         self._handlers = handlers
         self._running: dict[tuple[int, str], _Running] = {}
         self._stopped = False
@@ -52,6 +55,8 @@ class Service:
         handler = self._handlers.get(call.method)
         if handler is None:
             raise NotFound(f"this agent (version {__version__}) does not know the order {call.method!r}", hint="upgrade the agent")
+        if call.job and call.method not in HARMLESS:
+            self._contact.check(call.method)
         if not call.job:
             return await self._bounded(asyncio.ensure_future(handler(call.args, report)), call, keep=False)
         if call.undo:

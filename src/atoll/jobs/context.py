@@ -157,6 +157,20 @@ class JobContext:
         """A question to a node whose answer is not journaled: only for decisions that a later ``read`` or ``write`` fixes."""
         return await self._engine.agents.ask(node, method, args, deadline=deadline)
 
+    async def look(
+        self, key: str, node: str, method: str, args: dict[str, Any], *, accept: Callable[[Any], None], deadline: float = 60.0
+    ) -> Any:
+        """A question to a node, repeated until it is answered. The answer is fixed only if ``accept`` takes it; it raises to refuse it,
+        and then another attempt asks again, while the agent would remember its answer to an order.
+
+        Errors: those of ``accept``, the agent's; Unreachable after ``deadline`` seconds.
+        """
+        answer: Any = None
+        if not self.journaled(key):
+            answer = await self._engine.agents.order(node, 0, "", method, args, deadline=deadline)
+            accept(answer)
+        return await self.read(key, lambda: answer)
+
     async def commit(self) -> None:
         """From here on the job only goes forward: failure and cancel no longer undo it."""
         if not self._job.committed:

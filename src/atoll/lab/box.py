@@ -112,7 +112,14 @@ class Box:
         hypervisor = MemoryHypervisor(self.world, name)
         storage = BoxStorage(self.disks, name)
         agent = Agent(
-            name, hypervisor, storage, Memory(database), None, storage.copy_handlers(), kept=self._attached.setdefault(name, {})
+            name,
+            hypervisor,
+            storage,
+            Memory(database),
+            None,
+            storage.copy_handlers(),
+            kept=self._attached.setdefault(name, {}),
+            now=self.clock.monotonic,
         )
         self.agents[name] = agent
         self.transport.agents[self.nodes[name]] = agent.service
@@ -161,10 +168,13 @@ class Box:
         report = NodeReport(
             node=name, term=agent.memory.term, memory_total=NODE_MEMORY, memory_free=NODE_MEMORY - used, cpus=8, guests=guests
         )
+        sent = self.clock.monotonic()
         try:
-            await self.leader.report(self.nodes[name], report)
+            said = await self.leader.report(self.nodes[name], report)
         except AtollError:
             return  # no master takes it: the next beat tries again
+        if name not in self.cut:
+            agent.contact.heard(sent, said["term"], said["dead"])
 
     async def settle_reports(self) -> None:
         """Let every agent report once."""

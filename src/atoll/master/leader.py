@@ -134,6 +134,8 @@ class MasterLeader:
             if self.health.alive(node.id) or await self._answers(node.id):
                 raise NodeAnswers(f"node {node.name} answers; it is not dead")
             if self._state.store.get(DeathProof, node.id) is None:
+                if self.health.alive(node.id):
+                    raise NodeAnswers(f"node {node.name} answers; it is not dead")
                 proof = DeathProof(id=node.id, method="human", who=f"resume of job {job}", at=self._state.clock.now())
                 await self._state.store.write(put=[proof])
         await self.engine.resume(job)
@@ -173,7 +175,7 @@ class MasterLeader:
         if not self._ready.is_set():
             if all(n.offline or self.health.alive(n.id) for n in self._state.store.all(Node)):
                 self._all_heard.set()
-            return {"term": self._state.store.term}
+            return await self._answer(node)
         record = self._state.store.require(Node, node)
         now = self._state.clock.monotonic()
         busy = self.engine.busy(record.resource)
@@ -183,7 +185,13 @@ class MasterLeader:
         elif not record.ready and not busy and now >= self._welcomed.get(node, 0.0):
             self._welcomed[node] = now + READMIT_PAUSE
             await self.submit_internal("node.welcome", node)
-        return {"term": self._state.store.term}
+        return await self._answer(node)
+
+    async def _answer(self, node: str) -> dict[str, Any]:
+        """What the node learns: who leads, and whether it counts as dead. A proof that is just being written counts."""
+        await self._state.store.landed(DeathProof, node)
+        self._check_leads()
+        return {"term": self._state.store.term, "dead": self._state.proved_dead(node)}
 
     async def join_token(self, name: str, group: str | None) -> str:
         """See ``api.leader.Leader``."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from atoll.jobs.context import JobContext
 from atoll.jobs.steps import Changes, Undo, undo_function
-from atoll.model.errors import DiskInUse, InUse, NotSupported, PoolNotReachable, WrongState
+from atoll.model.errors import InUse, NotSupported, PoolNotReachable, WrongState
 from atoll.model.messages import GuestDisk
 from atoll.model.objects import Disk, Group, Instance, Node, Pool, Volume, VolumeState
 from atoll.model.units import format_size
@@ -16,7 +17,7 @@ from atoll.operations.instance_power import instance_locks
 from atoll.operations.making import delete_image, make_volume, mark_deleting, plan_volume
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import ActivateDisks, AddDisk, AttachDisk, DetachDisk, GrowDisk, Recreate
-from atoll.operations.running import access_of, attached, check_runs, connect_disks, detached, free_claim
+from atoll.operations.running import access_of, attached, check_connections, check_runs, connect_disks, detached, free_claim
 from atoll.operations.state import State
 from atoll.operations.volumes import grow_image, new_size
 from atoll.storage.contract import Mirroring
@@ -137,11 +138,8 @@ async def connect_disks_of(job: JobContext, instance: str, node: str, volume: st
         return {"worker": worker.id, "disk": disk, "access": access_of(state, pool)}
 
     found = await job.read("volume to connect", plan)
-    answer = (await job.call("connect the volume", found["worker"], "disks.connect", {"disks": [found["disk"]]}))[0]
-    if answer["stat"] is None:
-        raise WrongState("the volume's image is not on its storage", hint="atoll cluster verify")
-    if answer["writers"] and not expect_writer:
-        raise DiskInUse(f"the volume is being written by {', '.join(w['who'] for w in answer['writers'])}")
+    accept = partial(check_connections, expect_writer=expect_writer)
+    answer = (await job.look("connect the volume", found["worker"], "disks.connect", {"disks": [found["disk"]]}, accept=accept))[0]
     return {"pool": answer["pool"], "connection": answer["connection"], "access": found["access"]}
 
 

@@ -13,7 +13,7 @@ from atoll.operations.instance_migrate import migrate
 from atoll.operations.instance_power import bring_claim, instance_locks, plan_start, proof_of_death
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import InstanceFailover, InstanceMove
-from atoll.operations.running import check_runs, connect_disks, start_on, stop_on
+from atoll.operations.running import check_connections, check_runs, connect_disks, start_on, stop_on
 from atoll.operations.state import State
 from atoll.placement.choose import choose
 
@@ -195,7 +195,7 @@ async def _move_running(job: JobContext, instance: str, plan: dict[str, Any], ne
     request = [
         {"ref": c["new_ref"], "volume": v, "logical_id": new_ids[v], "size": c["size"], "access": "userspace"} for v, c in moved.items()
     ]
-    answer = await job.call("connect copies", plan["target"], "disks.connect", {"disks": request})
+    answer = await job.look("connect copies", plan["target"], "disks.connect", {"disks": request}, accept=check_connections)
     disks += [{"pool": found["pool"], "connection": found["connection"], "access": "userspace"} for found in answer]
     return await migrate(job, instance, plan, disks=disks, copy=sorted(moved))
 

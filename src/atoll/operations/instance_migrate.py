@@ -11,7 +11,16 @@ from typing import Any
 
 from atoll.jobs.context import JobContext
 from atoll.jobs.steps import Attention, Changes, Settled, Undo, undo_function
-from atoll.model.errors import UNKNOWN_OUTCOME, AtollError, InvalidInput, MigrationFailed, NotMobile, WrongState
+from atoll.model.errors import (
+    UNKNOWN_OUTCOME,
+    AtollError,
+    GuestError,
+    InvalidInput,
+    MigrationFailed,
+    NodeUnavailable,
+    NotMobile,
+    WrongState,
+)
 from atoll.model.objects import Claim, Instance, Migration, Node, Pool, Stored
 from atoll.operations.common import PlacementView, frozen, needs_of
 from atoll.operations.instance_power import instance_locks
@@ -23,6 +32,10 @@ from atoll.placement.choose import choose
 
 #: Seconds that the settling looks at both sides before it asks a person; the guest stands still meanwhile.
 SETTLE = 20.0
+#: Seconds that a target may take to load what it got from a source that is gone.
+ARRIVAL = 10.0
+#: The step that remembers that the target's process is gone, before anything is built on it.
+LOST = "the target is lost"
 #: Seconds from the order to go on until ``completed``: longer than the watchdog of a migration waits, which decides first.
 SWITCHOVER = 20.0
 
@@ -119,10 +132,10 @@ async def migrate(
     await sync_copies(job, instance, source)
     await job.commit()
     job.progress(92, "switching over")
-    return await _settle(job, instance, plan, spec)
+    return await _settle(job, instance, plan, bool(copy))
 
 
-async def _settle(job: JobContext, instance: str, plan: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
+async def _settle(job: JobContext, instance: str, plan: dict[str, Any], copied: bool) -> dict[str, Any]:
     source, target, generation = plan["source"], plan["target"], plan["generation"]
     figures: dict[str, Any] = {}
     if not job.journaled("verdict"):
@@ -149,7 +162,7 @@ async def _settle(job: JobContext, instance: str, plan: dict[str, Any], spec: di
         args = {"instance": instance, "generation": generation, "grace": 0.0}
         await _call_unless_dead(job, "kill the target", target, "guest.stop", args)
         raise Settled(MigrationFailed(f"the guest runs on at {plan['source_name']}: the migration did not complete"))
-    if decided["verdict"] == "target" and await _resume_target(job, instance, plan):
+    if decided["verdict"] == "target" and await _resume_target(job, instance, plan, copied):
         args = {"instance": instance, "generation": generation - 1, "grace": 0.0}
         await _call_unless_dead(job, "clear away the source", source, "guest.stop", args)
         await job.write("record home", lambda: Changes(put=_home(job, instance, target)))
@@ -190,14 +203,17 @@ async def _look(job: JobContext, instance: str, plan: dict[str, Any]) -> str:
                 after = await job.ask(source, "guest.migrate_cancel", {"instance": instance}, deadline=20.0)
                 if after["state"] == "migrated":
                     return "target"
-                if after["state"] == "running":
-                    return "source"
+                if after["state"] == "running" or (after["state"] == "paused" and after["migration"] in ("cancelled", "failed")):
+                    return "source"  # paused: by an error of its disks, which is not the migration's affair
             except AtollError as error:
                 job.progress(None, f"cancelling at the source: {error.message}")
         if there in ("gone", "shutdown"):
             if here in ("paused", "running"):
                 return "target"
             if here == "gone":
+                return "nobody"
+            # What has not arrived long after the source has gone will not arrive any more.
+            if here == "incoming" and loop.time() >= end - SETTLE + ARRIVAL:
                 return "nobody"
         if loop.time() >= end:
             names = [plan["source_name"]] if there is None else []
@@ -211,15 +227,20 @@ async def _look(job: JobContext, instance: str, plan: dict[str, Any]) -> str:
         await asyncio.sleep(0.5)
 
 
-async def _resume_target(job: JobContext, instance: str, plan: dict[str, Any]) -> bool:
-    """Let the loaded guest run at the target. False: its process is gone, with everything in it."""
+async def _resume_target(job: JobContext, instance: str, plan: dict[str, Any], copied: bool) -> bool:
+    """Let the loaded guest run at the target. False: its process is gone, with everything in it.
+
+    ``copied``: from the order on, the target's disks may be newer than the source's; then whatever becomes of the guest, it is there.
+    """
+    if job.journaled(LOST):
+        return False
     target, generation = plan["target"], plan["generation"]
     loop = asyncio.get_running_loop()
     end = loop.time() + SETTLE
     while not job.journaled("resume at the target"):
         state = await _status(job, instance, target)
         if state == "gone":
-            return False
+            return not await job.read(LOST, lambda: True)
         if state == "incoming":
             try:
                 loaded = await job.ask(target, "guest.await_incoming", {"instance": instance, "timeout": 15.0}, deadline=20.0)
@@ -234,15 +255,25 @@ async def _resume_target(job: JobContext, instance: str, plan: dict[str, Any]) -
                 (f"atoll job resume {job.id}", f"atoll job resume {job.id} --node-is-dead {plan['target_name']}"),
             )
         await asyncio.sleep(0.5)
-    await job.call("resume at the target", target, "guest.resume", {"instance": instance, "generation": generation}, deadline=30.0)
+    try:
+        await job.call("resume at the target", target, "guest.resume", {"instance": instance, "generation": generation}, deadline=30.0)
+    except (GuestError, NodeUnavailable):
+        if await _status(job, instance, target) != "gone":
+            raise
+        return copied or not await job.read(LOST, lambda: True)
     return True
 
 
 async def _call_unless_dead(job: JobContext, key: str, node: str, method: str, args: dict[str, Any]) -> None:
     """An order to a node that may be dead: the proof stands for the order's effect."""
     dead = await job.read(f"{key}: dead", lambda: job.state.proved_dead(node))
-    if not dead:
+    if dead:
+        return
+    try:
         await job.call(key, node, method, args, deadline=60.0)
+    except NodeUnavailable:
+        if not job.state.proved_dead(node):
+            raise
 
 
 async def _cold_start(job: JobContext, instance: str, plan: dict[str, Any]) -> dict[str, Any]:

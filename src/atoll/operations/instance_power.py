@@ -98,6 +98,9 @@ async def take_from_dead(job: JobContext, instance: str, node: str) -> None:
 
     def write() -> Changes:
         state: State = job.state
+        # Looked at in the very moment of writing: a node whose report was answered meanwhile may begin what it was told before.
+        if state.health.alive(node):
+            raise NodeAnswers(f"node {state.store.require(Node, node).name} answers; it is not dead")
         proof = state.store.get(DeathProof, node) or DeathProof(id=node, method="human", who="node-is-dead", at=state.clock.now())
         claim = state.claim(instance)
         put: list[Any] = [proof]

@@ -94,6 +94,8 @@ async def _run_dead(job: JobContext, request: dict[str, Any]) -> Any:
         raise NodeAnswers("the node answers; it is not dead")
 
     def record() -> Changes:
+        if job.state.health.alive(request["id"]):
+            raise NodeAnswers("the node answers; it is not dead")
         return Changes(put=[DeathProof(id=request["id"], method="human", who="declare-dead", at=job.state.clock.now())])
 
     await job.write(step, record)

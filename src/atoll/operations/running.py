@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from atoll.jobs.context import JobContext
@@ -54,6 +55,18 @@ def connect_plan(state: State, instance: Instance, node: str) -> list[tuple[str,
     return sorted(found.items())
 
 
+def check_connections(answer: list[dict[str, Any]], *, expect_writer: bool = False) -> None:
+    """Refuse disks that are not there, or that somebody writes. Errors: NotFound, DiskInUse."""
+    for found in answer:
+        if found["stat"] is None:
+            raise NotFound(
+                f"the image of volume {found['volume']} is not on its storage", hint="atoll cluster verify; atoll instance recreate"
+            )
+        if found["writers"] and not expect_writer:
+            who = ", ".join(writer["who"] for writer in found["writers"])
+            raise DiskInUse(f"volume {found['volume']} is being written by {who}")
+
+
 async def connect_disks(
     job: JobContext, instance: str, node: str, *, suffix: str = "", expect_writer: bool = False, patience: float = 0.0
 ) -> list[dict[str, Any]]:
@@ -64,18 +77,16 @@ async def connect_disks(
     plan = await job.read(f"disks to connect{suffix}", lambda: connect_plan(job.state, job.state.store.require(Instance, instance), node))
     ready = []
     for worker, disks in plan:
-        answer = await job.call(
-            f"connect disks at {worker}{suffix}", worker, "disks.connect", {"disks": disks, "patience": patience}, deadline=60 + patience
+        answer = await job.look(
+            f"connect disks at {worker}{suffix}",
+            worker,
+            "disks.connect",
+            {"disks": disks, "patience": patience},
+            accept=partial(check_connections, expect_writer=expect_writer),
+            deadline=60 + patience,
         )
         access = {disk["volume"]: disk["access"] for disk in disks}
         for found in answer:
-            if found["stat"] is None:
-                raise NotFound(
-                    f"the image of volume {found['volume']} is not on its storage", hint="atoll cluster verify; atoll instance recreate"
-                )
-            if found["writers"] and not expect_writer:
-                who = ", ".join(writer["who"] for writer in found["writers"])
-                raise DiskInUse(f"volume {found['volume']} is being written by {who}")
             ready.append({"pool": found["pool"], "connection": found["connection"], "access": access[found["volume"]]})
     return ready
 
@@ -248,7 +259,7 @@ async def release_from(job: JobContext, instance: str, node: str, *, suffix: str
     Errors: InUse (it runs there), Unreachable.
     """
     generation = await job.read(f"generation to release{suffix}", lambda: job.state.claim(instance).generation)
-    await job.call(f"release claim{suffix}", node, "claim.release", {"instance": instance, "generation": generation}, deadline=30.0)
+    await job.call(f"release claim{suffix}", node, "claim.release", {"instance": instance, "generation": generation})
     await free_claim(job, instance, node, generation, suffix=suffix)
 
 

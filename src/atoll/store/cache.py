@@ -149,14 +149,18 @@ class LeaderStore:
 
         Errors: NotFound; those of ``write``.
         """
-        key = f"{cls.kind}/{ident}"
-        while key in self._in_flight:
-            await asyncio.wait({self._in_flight[key]})
+        await self.landed(cls, ident)
         before = self.require(cls, ident)
         after = function(before)
         if after != before:
             await self.write(put=[after])
         return after
+
+    async def landed(self, cls: type[Stored], ident: str) -> None:
+        """Wait until no write of this object is under way."""
+        key = f"{cls.kind}/{ident}"
+        while key in self._in_flight:
+            await asyncio.wait({self._in_flight[key]})
 
     async def settle(self) -> None:
         """Wait until no write is under way."""

@@ -1,0 +1,50 @@
+"""Whether the master still counts on this node. An order that hung in the network, or in a slow agent, must not begin to write a disk
+after a person has declared this node dead and the instance has been started elsewhere.
+
+The master takes a node for dead only when it has been silent for ``master.health.GRACE`` seconds. This node counts from the moment at
+which it sent the last report that was answered, and gives up earlier. Answers to reports, never orders, renew it: orders may be late.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from atoll.agent.memory import Memory
+from atoll.model.errors import Unreachable
+
+#: Seconds without an answered report after which this node begins nothing any more. Smaller than the master's grace.
+TRUST = 5.0
+#: What may be done all the same: it ends things here, or promises to begin none.
+HARMLESS = frozenset({"guest.stop", "claim.release"})
+
+
+def since_boot() -> float:
+    """Seconds since boot, sleep included: a machine that slept was silent."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Contact:
+    """``now`` gives seconds that only grow."""
+
+    def __init__(self, memory: Memory, now: Callable[[], float] = since_boot) -> None:
+        self._memory, self.now = memory, now
+        self._answered: float | None = None
+        self._dead = False
+
+    def heard(self, sent: float, term: int, dead: bool) -> None:
+        """A master of this term has answered the report sent at ``sent``. ``dead``: for it this node is dead, until it is readmitted."""
+        if term < self._memory.term:
+            return
+        self._memory.see_term(term)
+        self._answered, self._dead = sent, dead
+
+    def check(self, what: str) -> None:
+        """Refuse to begin something. Errors: Unreachable (the master repeats the order)."""
+        if self._answered is None:
+            raise Unreachable(f"{what}: this agent has just begun and has not been heard by the master yet")
+        if self._dead:
+            raise Unreachable(f"{what}: this node was declared dead and is not readmitted yet")
+        silence = self.now() - self._answered
+        if silence > TRUST:
+            raise Unreachable(f"{what}: the master has not answered this node for {silence:.0f} s and may take it for dead")
