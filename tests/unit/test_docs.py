@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import click
@@ -32,10 +33,12 @@ def test_a_generated_page_is_what_the_code_says(name: str) -> None:
 # --- commands ---
 
 
+@cache
 def roots() -> dict[str, click.Command]:
     return {"atoll": atoll, **{f"gnt-{noun}": make() for noun, make in PROGRAMS.items()}}
 
 
+@cache
 def commands() -> dict[tuple[str, ...], click.Command]:
     return {path: command for root, group in roots().items() for path, command in walk(group, (root,))}
 
