@@ -273,12 +273,12 @@ def test_exec_keeps_status_streams_and_deadline(lab: Lab) -> None:
         node.exec(["sh", "-c", "echo oops >&2; exit 1"], check=True)
     with pytest.raises(DeadlineExceeded):
         node.exec(["sleep", "321"], timeout=0.5)
-    until(lambda: "321" not in node.exec(["ps", "-e", "-o", "args="]).stdout)
+    until(lambda: "sleep 321" not in node.exec(["ps", "-e", "-o", "args="]).stdout)
     running = node.popen(["sleep", "322"])
-    until(lambda: "322" in node.exec(["ps", "-e", "-o", "args="]).stdout)
+    until(lambda: "sleep 322" in node.exec(["ps", "-e", "-o", "args="]).stdout)
     running.kill()
     running.wait()
-    until(lambda: "322" not in node.exec(["ps", "-e", "-o", "args="]).stdout)
+    until(lambda: "sleep 322" not in node.exec(["ps", "-e", "-o", "args="]).stdout)
 
 
 def test_two_labs_stand_side_by_side(lab: Lab) -> None:
