@@ -6,7 +6,7 @@ from typing import Any
 
 from atoll.jobs.context import JobContext
 from atoll.jobs.steps import Changes, Undo, undo_function
-from atoll.model.errors import UNKNOWN_OUTCOME, InvalidInput, NodeUnavailable, WrongState
+from atoll.model.errors import UNKNOWN_OUTCOME, InvalidInput, NodeUnavailable, PoolUnavailable, WrongState
 from atoll.model.ids import new_id
 from atoll.model.objects import Node, Pool, Volume, VolumeState
 from atoll.operations.common import check_new_name, check_size_for
@@ -81,8 +81,10 @@ async def make_volume(job: JobContext, plan: dict[str, Any], *, instance: str | 
         )
         return Changes(put=[new])
 
-    await job.write(f"record volume/{volume}", record, Undo("volume.forget", {"volume": volume}))
     refs = await job.read(f"refs/{volume}", lambda: _refs(job.state, plan))
+    if not plan["adopt"]:
+        await look_at_pool(job, volume, refs)
+    await job.write(f"record volume/{volume}", record, Undo("volume.forget", {"volume": volume}))
     size = plan["size"]
     logical_id = plan["adopt"]
     for number, (node, ref) in enumerate(refs):
@@ -111,6 +113,17 @@ async def make_volume(job: JobContext, plan: dict[str, Any], *, instance: str | 
 
     await job.write(f"available/{volume}", available)
     return {"volume": volume, "name": plan["name"], "size": size}
+
+
+async def look_at_pool(job: JobContext, volume: str, refs: list[tuple[str, dict[str, Any]]]) -> None:
+    """Refuse storage that is not there before anything is begun: what may have been made could not be undone there either.
+
+    Errors: PoolUnavailable.
+    """
+    for node, ref in refs:
+        status = await job.call(f"look at the pool/{volume} on {ref['node']}", node, "pool.check", {"ref": ref})
+        if not status["ok"]:
+            raise PoolUnavailable(status["reason"], hint=f"atoll pool check {ref['name']}")
 
 
 def own_refs(state: State, volume: Volume) -> list[tuple[str, dict[str, Any]]]:

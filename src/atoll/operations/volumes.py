@@ -32,7 +32,7 @@ from atoll.operations.common import (
     prepare_tags,
     run_tags,
 )
-from atoll.operations.making import delete_image, make_volume, mark_deleting, on_pool, own_refs, plan_volume
+from atoll.operations.making import delete_image, look_at_pool, make_volume, mark_deleting, on_pool, own_refs, plan_volume
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import Nothing, Rename, TagsChange, VolumeCreate, VolumeGrow
 from atoll.operations.state import State
@@ -235,6 +235,7 @@ async def rename_image(job: JobContext, volume: str, name: str) -> None:
         return {"old": found.name, "logical_id": found.logical_id, "refs": refs}
 
     found = await job.read(f"where/{volume}", where)
+    await look_at_pool(job, volume, found["refs"])
     logical_id = found["logical_id"]
     for number, (node, ref) in enumerate(found["refs"]):
         args = {"ref": ref, "logical_id": found["logical_id"], "volume": volume, "name": name}
