@@ -16,6 +16,8 @@ from atoll.store.cache import LeaderStore
 PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0)
 #: Seconds that one attempt may take before it is repeated; a repeat joins the running one, so a long order loses nothing.
 ATTEMPT = 30.0
+#: Seconds for which a node may not even answer a greeting before an order to it, however long that may take, is given up.
+SILENCE = 120.0
 
 
 def quiet(_: Progress) -> None:
@@ -83,11 +85,13 @@ class Agents:
         """An order of a job, repeated until its outcome is known or the deadline (seconds) has passed.
 
         ``even_dead``: the node is back, and this order readmits it. Errors: the agent's; NodeUnavailable for a node that is proved
-        dead; Unreachable or DeadlineExceeded = outcome not known.
+        dead; Unreachable = outcome not known: the deadline has passed, or the node has been silent for ``SILENCE`` seconds.
         """
         loop = asyncio.get_running_loop()
-        end = loop.time() + deadline
+        began = loop.time()
+        end = began + deadline
         attempt = 0
+        silent_since: float | None = None
         while True:
             if not even_dead and self._store.get(DeathProof, node_id) is not None:
                 raise NodeUnavailable(f"node {self.node(node_id).name} is proved dead")
@@ -104,14 +108,18 @@ class Agents:
             )
             try:
                 await self.greet(node_id)
+                silent_since = None
                 return await self._attempt(node_id, call, report)
             except UNKNOWN_OUTCOME as error:
                 pause = PAUSES[min(attempt, len(PAUSES) - 1)]
                 attempt += 1
-                if loop.time() + pause >= end:
+                now = loop.time()
+                silent_since = now if silent_since is None else silent_since
+                if now + pause >= min(end, silent_since + SILENCE):
                     raise Unreachable(
-                        f"node {self.node(node_id).name} gave no answer to {method} within {deadline:g} s: {error.message}"
+                        f"node {self.node(node_id).name} gave no answer to {method} within {now - began:.0f} s: {error.message}"
                     ) from error
+                report(Progress(text=f"{error.message}; trying again"))
                 await asyncio.sleep(pause)
 
     async def _attempt(self, node_id: str, call: Call, report: Report) -> Any:
