@@ -11,7 +11,7 @@ from atoll.agent.disks import QUICK, Attachments, by_hand
 from atoll.agent.memory import Memory
 from atoll.agent.service import Handler
 from atoll.hypervisor.contract import Hypervisor
-from atoll.model.errors import AtollError, InUse, NotFound, StaleGeneration
+from atoll.model.errors import AtollError, InUse, NotFound, StaleGeneration, WrongState
 from atoll.model.messages import Connection, Endpoint, GuestDisk, GuestSpec, GuestStatus, Progress
 from atoll.rpc.contract import Report
 from atoll.storage.contract import StorageAccess
@@ -54,7 +54,7 @@ class GuestOrders:
 
     def _check_by_hand(self, instance: str) -> None:
         if self._attachments.holds(by_hand(instance)):
-            raise InUse("its disks are activated here for an administrator", hint="atoll instance deactivate-disks INSTANCE")
+            raise WrongState("its disks are activated here for an administrator", hint="atoll instance deactivate-disks INSTANCE")
 
     async def _attach_all(self, spec: GuestSpec, disks: list[dict[str, Any]]) -> GuestSpec:
         by_volume = {d["connection"]["volume"]: d for d in disks}
