@@ -65,6 +65,8 @@ class Box:
         self.leader: MasterLeader | None = None
         #: Nodes whose link is cut: they and the master hear nothing of each other.
         self.cut: set[str] = set()
+        #: Nodes whose heartbeats do not arrive, though their agents answer.
+        self.mute: set[str] = set()
         #: What else a test does to orders ("request") and answers ("reply"): may wait, or raise Unreachable.
         self.link_fault: LinkFault | None = None
         self.transport.fault = self._link
@@ -161,7 +163,7 @@ class Box:
             await asyncio.sleep(1.0)
 
     async def _report(self, name: str, agent: Agent) -> None:
-        if self.leader is None or name in self.cut:
+        if self.leader is None or name in self.cut or name in self.mute:
             return
         guests = await agent.hypervisor.guests()
         used = sum(g.memory for g in guests)
@@ -189,7 +191,7 @@ class Box:
         assert self.leader is not None
         return self.leader
 
-    async def submit(self, operation: str, target: str = "", *, key: str = "", **request: Any) -> Submission:
+    async def submit(self, operation: str, target: str = "", /, *, key: str = "", **request: Any) -> Submission:
         """Submit a request as root."""
         return await self.master.submit(operation, target, request, who=ROOT, key=key)
 
@@ -204,7 +206,7 @@ class Box:
             else:
                 await asyncio.sleep(0.5)
 
-    async def do(self, operation: str, target: str = "", **request: Any) -> Any:
+    async def do(self, operation: str, target: str = "", /, **request: Any) -> Any:
         """Submit, wait, and give the result; raises the job's error."""
         submission = await self.submit(operation, target, **request)
         assert submission.job is not None
