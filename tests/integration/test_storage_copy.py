@@ -201,8 +201,9 @@ async def test_a_copy_ends_at_its_deadline(nodes: Nodes) -> None:
     port, pid = await nodes.serve()
     os.kill(pid, signal.SIGSTOP)
     try:
-        with pytest.raises(DeadlineExceeded, match=r"longer than 0.5 s"):
-            await nodes.push(port, deadline=0.5)
+        async with asyncio.timeout(10):
+            with pytest.raises(DeadlineExceeded, match=r"longer than 0.5 s"):
+                await nodes.push(port, deadline=0.5)
     finally:
         os.kill(pid, signal.SIGCONT)
     assert _pushing(nodes) == []

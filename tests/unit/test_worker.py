@@ -68,6 +68,7 @@ async def test_a_killed_child_leaves_the_outcome_unknown(worker: Worker) -> None
 
 async def test_a_slow_call_does_not_hold_up_a_quick_one(worker: Worker) -> None:
     slow = asyncio.ensure_future(worker.call("nap", 30, seconds=1.5))
+    await asyncio.sleep(0)
     await worker.call("echo", 20, value=1)
     assert not slow.done()
     await slow
