@@ -35,7 +35,8 @@ def check_new_name(state: State, cls: type[Stored], name: str) -> str:
     """The name, if it is legal and free. Errors: InvalidInput, AlreadyExists."""
     check_name(name, f"{cls.noun} name")
     if state.store.by_name(cls, name) is not None:
-        raise AlreadyExists(f"there is already a {cls.noun} named {name!r}", hint=f"atoll {cls.noun} info {name}")
+        article = "an" if cls.noun[0] in "aeiou" else "a"
+        raise AlreadyExists(f"there is already {article} {cls.noun} named {name!r}", hint=f"atoll {cls.noun} info {name}")
     return name
 
 

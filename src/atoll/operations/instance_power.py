@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from atoll.jobs.context import JobContext
-from atoll.jobs.steps import Changes
+from atoll.jobs.steps import Changes, Undo, undo_function
 from atoll.model.errors import UNKNOWN_OUTCOME, InUse, NeedsProof, NodeAnswers, NodeUnavailable, NotMobile, WrongState
-from atoll.model.objects import DeathProof, Instance, Node, Pool, Writers
+from atoll.model.objects import Claim, DeathProof, Instance, Node, Pool, Writers
 from atoll.operations.common import PlacementView, frozen, locks, needs_of
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import InstanceReboot, InstanceStart, InstanceStop, Nothing
@@ -108,7 +108,17 @@ async def take_from_dead(job: JobContext, instance: str, node: str) -> None:
             put.append(claim.model_copy(update={"holder": None, "migration": None}))
         return Changes(put=put)
 
-    await job.write(step, write)
+    await job.write(step, write, Undo("claim.return", {"instance": instance, "node": node}))
+
+
+@undo_function("claim.return")
+def _return_claim(state: State, args: dict[str, Any]) -> Changes:
+    """It could not start elsewhere, perhaps because the storage sees that the dead node writes: it is that node's again until a person
+    tries once more. Only while the proof stands; a readmitted node has been told that it holds nothing."""
+    claim = state.store.get(Claim, args["instance"])
+    if claim is None or claim.holder is not None or claim.migration is not None or not state.proved_dead(args["node"]):
+        return Changes()
+    return Changes(put=[claim.model_copy(update={"holder": args["node"]})])
 
 
 async def bring_claim(job: JobContext, instance: str, plan: dict[str, Any]) -> None:
