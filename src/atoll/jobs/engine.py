@@ -13,19 +13,9 @@ from atoll.jobs.locks import LockTable
 from atoll.jobs.steps import Attention, Settled
 from atoll.jobs.submit import Submitter
 from atoll.jobs.undo import UndoFailed, undo_steps
-from atoll.model.errors import (
-    AtollError,
-    Cancelled,
-    DeadlineExceeded,
-    Held,
-    NodeUnavailable,
-    NotFound,
-    NotLeader,
-    StoreError,
-    WrongState,
-)
+from atoll.model.errors import AtollError, Cancelled, DeadlineExceeded, NodeUnavailable, NotFound, NotLeader, StoreError, WrongState
 from atoll.model.messages import Progress
-from atoll.model.objects import Hold, IdempotencyKey, Job, JobState, Step
+from atoll.model.objects import Hold, IdempotencyKey, Job, JobState, Locks, Step
 from atoll.rpc.agents import Agents
 from atoll.runtime.clock import Clock
 from atoll.store.cache import LeaderStore
@@ -50,6 +40,8 @@ class Engine:
         self._progress: dict[int, Progress] = {}
         self._changed: dict[int, asyncio.Event] = {}
         self._recovering: set[int] = set()
+        #: Jobs that must queue again, for more locks.
+        self._again: set[int] = set()
         self._records: dict[int, asyncio.Lock] = {}
         self._open = {job.number for job in store.all(Job) if not job.state.ended}
         self.submitter = Submitter(self)
@@ -239,6 +231,11 @@ class Engine:
                 self._locks.remove(number)
                 self._wake(number)
                 self._grant()
+            elif job is not None and number in self._again and not self.stopping:
+                self._again.discard(number)
+                self._locks.remove(number)
+                self._locks.add(number, job.locks, parent=job.parent)
+                self._grant()
 
     async def _try(self, number: int) -> bool:
         """One attempt; False: look at the job's record again."""
@@ -276,12 +273,20 @@ class Engine:
             return
         if job.started is None:
             try:
-                self._check_holds(job)
-                self._check_again(job)
+                self.submitter.check_holds(job)
+                more = self.submitter.check_again(job)
             except AtollError as error:
                 await self._undo(job, error)
                 return
-        fields = {"state": JobState.RUNNING, "started": job.started or self.clock.now()}
+            shared = tuple(resource for resource in job.locks.shared if resource not in more)
+            locks = Locks(shared=shared, exclusive=tuple(sorted({*job.locks.exclusive, *more})))
+            if not self._locks.extend(number, more):
+                # Somebody works on what it got meanwhile, such as a disk of its instance: it waits for that, too.
+                await self.update(number, {"locks": locks})
+                self._again.add(number)
+                return
+            job = job.model_copy(update={"locks": locks})
+        fields = {"state": JobState.RUNNING, "started": job.started or self.clock.now(), "locks": job.locks}
         await self._run(await self.update(number, fields, delete=self._own_holds(job)))
 
     async def _recover(self, number: int) -> None:
@@ -292,18 +297,6 @@ class Engine:
                 await self.agents.acknowledged(nodes, lambda text: self.set_progress(number, Progress(text=text)))
         except TimeoutError:
             raise NodeUnavailable(f"a node that has worked for it does not answer: {self.progress(number).text}") from None
-
-    def _check_again(self, job: Job) -> None:
-        """The job has waited for its locks: does its request still fit? Errors: those of the operation's ``prepare``, WrongState."""
-        operation = self.operation(job.operation)
-        if not operation.public or operation.version != job.version:
-            return
-        fields = {name: value for name, value in job.request.items() if name in operation.request.model_fields}
-        prepared = operation.prepare(self.state, job.request.get("id", ""), operation.request.model_validate(fields))
-        # Names that are chosen anew are checked where they are given.
-        more = {name for name in prepared.locks.exclusive if not name.startswith("name:")} - set(job.locks.exclusive)
-        if more:
-            raise WrongState(f"what it is about has changed while the job waited ({', '.join(sorted(more))})", hint="ask again")
 
     async def _run(self, job: Job) -> None:
         operation = self.operation(job.operation)
@@ -385,12 +378,6 @@ class Engine:
 
     def _own_holds(self, job: Job) -> list[Hold]:
         return [hold for hold in self.store.all(Hold) if hold.job == job.number]
-
-    def _check_holds(self, job: Job) -> None:
-        for resource in (*job.locks.exclusive, *job.locks.shared):
-            hold = self.store.get(Hold, resource)
-            if hold is not None and hold.job != job.number:
-                raise Held(f"{resource} is held by job {hold.job}: {hold.reason}", hint="; ".join(hold.commands))
 
     def _wake(self, number: int) -> None:
         event = self._changed.pop(number, None)

@@ -33,6 +33,17 @@ class LockTable:
         for resource in locks.exclusive:
             self._queues.setdefault(resource, {})[job] = True
 
+    def extend(self, job: int, exclusive: tuple[str, ...]) -> bool:
+        """A job that has its locks needs more of them: all at once, or none if somebody holds one. False: none."""
+        want = self._wants[job]
+        if any(other != job for resource in exclusive for other in self.holders(resource)):
+            return False
+        for resource in exclusive:
+            self._queues.setdefault(resource, {})[job] = True
+        shared = tuple(resource for resource in want.locks.shared if resource not in exclusive)
+        want.locks = Locks(shared=shared, exclusive=tuple(sorted({*want.locks.exclusive, *exclusive})))
+        return True
+
     def remove(self, job: int) -> None:
         """The job has ended, or holds replace its locks."""
         want = self._wants.pop(job, None)

@@ -90,10 +90,10 @@ class Submitter:
         found = [store.get(cls, target) or store.by_name(cls, target) for cls in KINDS if cls.noun == noun]
         return [item.resource for item in found if item is not None]
 
-    def _refuse_held(self, resources: Iterable[str]) -> None:
+    def _refuse_held(self, resources: Iterable[str], but: int = 0) -> None:
         for resource in resources:
             hold = self._engine.store.get(Hold, resource)
-            if hold is not None:
+            if hold is not None and hold.job != but:
                 raise Held(
                     f"{resource} is held by job {hold.job}: {hold.reason}", hint="; ".join(hold.commands), job=hold.job, resource=resource
                 )
@@ -123,3 +123,21 @@ class Submitter:
         keys = [IdempotencyKey(id=key, job=job.number, digest=digest)] if key else []
         await self.write(job, self._engine.store.write(put=[job, *keys]))
         return job
+
+    # --- when the locks are granted ---
+
+    def check_holds(self, job: Job) -> None:
+        """Its turn has come: does another job that needs attention hold what it needs? Errors: Held."""
+        self._refuse_held((*job.locks.exclusive, *job.locks.shared), but=job.number)
+
+    def check_again(self, job: Job) -> tuple[str, ...]:
+        """The job has waited for its locks: does its request still fit? Gives the locks that it needs, too, by now, such as on a disk that
+        its instance got meanwhile. Errors: those of the operation's ``prepare``.
+        """
+        operation = self._engine.operation(job.operation)
+        if not operation.public or operation.version != job.version:
+            return ()
+        fields = {name: value for name, value in job.request.items() if name in operation.request.model_fields}
+        prepared = operation.prepare(self._engine.state, job.request.get("id", ""), operation.request.model_validate(fields))
+        # Names that are chosen anew are checked where they are given.
+        return tuple(name for name in prepared.locks.exclusive if not name.startswith("name:") and name not in job.locks.exclusive)

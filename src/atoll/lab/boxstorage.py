@@ -113,6 +113,8 @@ class BoxStorage:
         image = self._find(ref, logical_id)
         if size < image["size"]:
             raise ShrinkRefused(f"{logical_id} is larger")
+        if sum(other["size"] for other in self._place(ref).values()) - image["size"] + size > self._disks.capacity:
+            raise PoolFull(f"pool {ref.name} has no room for {size} bytes")
         image["size"] = size
         return size
 

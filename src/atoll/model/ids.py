@@ -18,12 +18,12 @@ def new_id(prefix: str, rng: random.Random | random.SystemRandom) -> str:
 
 def is_id(text: str) -> bool:
     """Whether the text is an id rather than a name."""
-    return bool(_ID.match(text))
+    return bool(_ID.fullmatch(text))
 
 
 def check_name(name: str, what: str = "name") -> str:
     """The name itself, if it is legal: 1 to 63 letters, digits, dots, dashes and underscores; not an id."""
-    if not _NAME.match(name):
+    if not _NAME.fullmatch(name):
         raise InvalidInput(f"{name!r} is not a {what}: use 1 to 63 letters, digits, '.', '-' and '_', with a letter or digit at both ends")
     if is_id(name):
         raise InvalidInput(f"{name!r} looks like an id; choose another {what}")

@@ -52,9 +52,11 @@ def _prepare_grow(state: State, target: str, request: GrowDisk) -> Prepared:
 async def _run_grow(job: JobContext, request: dict[str, Any]) -> Any:
     def where() -> tuple[str | None, int]:
         state: State = job.state
+        instance = state.store.require(Instance, request["id"])
+        find_disk(state, instance, None, request["volume"])
         volume = state.store.require(Volume, request["volume"])
         driver = state.driver(state.store.require(Pool, volume.pool))
-        node = running_node(state, state.store.require(Instance, request["id"]))
+        node = running_node(state, instance)
         return node.id if node else None, check_size_for(driver, new_size(volume, request["size"], request["increment"]))
 
     node, size = await job.read("node and size", where)
@@ -361,6 +363,7 @@ async def _run_recreate(job: JobContext, request: dict[str, Any]) -> Any:
 
         def where(volume: str = volume) -> dict[str, Any]:
             state: State = job.state
+            find_disk(state, state.store.require(Instance, request["id"]), None, volume)
             found = state.store.require(Volume, volume)
             pool = state.store.require(Pool, found.pool)
             worker = state.pool_node(pool, owner=found.node)

@@ -60,7 +60,8 @@ async def make_volume(job: JobContext, plan: dict[str, Any], *, instance: str | 
 
     def record() -> Changes:
         state: State = job.state
-        check_new_name(state, Volume, plan["name"])
+        if plan["name"] != volume:
+            check_new_name(state, Volume, plan["name"])
         pool = state.store.require(Pool, plan["pool"])
         if plan["adopt"]:
             other = next((v for v in state.store.all(Volume) if v.pool == pool.id and v.logical_id == plan["adopt"]), None)
