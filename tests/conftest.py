@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 
-#: They start labs and guests, which want the machine for themselves.
+#: They start labs and guests and mostly wait for them: two at a time is what two processors bear.
 HEAVY = ("tests/integration/", "tests/faults/")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With ``pytest -n`` one worker has all the heavy tests, one after the other; the rest goes to whoever is free."""
+    """With ``pytest -n`` the heavy tests of a directory run one after the other in one worker; the rest goes to whoever is free."""
     from xdist.scheduler import LoadScopeScheduling
 
     class TakingTurns(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
-            return "heavy" if nodeid.startswith(HEAVY) else nodeid
+            return next((group for group in HEAVY if nodeid.startswith(group)), nodeid)
 
     return TakingTurns(config, log)

@@ -141,12 +141,17 @@ async def writes(hypervisor: QemuHypervisor, spec: GuestSpec, more: int = 5, dea
     await until(lambda: len(acks(text(hypervisor, spec))) >= before + more, deadline, f"{more} more records")
 
 
-async def type_on_console(hypervisor: QemuHypervisor, spec: GuestSpec, line: str) -> None:
-    """Type a command into the guest's shell."""
+async def power_off_from_within(hypervisor: QemuHypervisor, spec: GuestSpec) -> None:
+    """Type it into the guest's shell, and wait until it did so."""
     reader, writer = await asyncio.open_unix_connection(hypervisor.console(spec.instance))
-    writer.write(line.encode() + b"\n")
-    await writer.drain()
-    await asyncio.wait_for(reader.read(1), 10)  # the echo: it has arrived
+    listening = asyncio.create_task(reader.read())
+    writer.write(b"poweroff -f\n")
+    # A serial port takes a few bytes at a time; who hangs up takes the rest with him.
+    for _ in range(1200):
+        if (await hypervisor.status(spec.instance)).state != "running":
+            break
+        await asyncio.sleep(0.05)
+    listening.cancel()
     writer.close()
 
 

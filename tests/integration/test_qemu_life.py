@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import qemu_support
-from qemu_support import World, image, pid_of, says, started, stopped, type_on_console, until, writes
+from qemu_support import World, image, pid_of, power_off_from_within, says, started, stopped, until, writes
 
 from atoll.hypervisor.contract import Hypervisor
 from atoll.hypervisor.qemu import process
@@ -59,11 +59,7 @@ async def test_a_life_as_an_unprivileged_user(world: World) -> None:
     assert (await b.status(spec.instance)).state == "gone"
     assert not (world.place / "b" / "guests" / spec.instance).exists()
 
-    await type_on_console(again, spec, "poweroff -f")
-    for _ in range(200):
-        if (await again.status(spec.instance)).state != "running":
-            break
-        await asyncio.sleep(0.05)
+    await power_off_from_within(again, spec)
     assert (await again.status(spec.instance)).state == "shutdown"
     with pytest.raises(GuestError, match="powered itself off"):
         await again.resume(spec.instance)
