@@ -48,7 +48,7 @@ INSTANCE = {
     "starting": "A job is starting it.",
     "stopping": "A job is stopping it.",
     "migrating": "It moves, or its memory is on the way. *Reason* names the target and the job.",
-    "paused": "QEMU has stopped it, mostly after an I/O error. *Reason* says why.",
+    "paused": "QEMU has stopped it. *Reason* says why: `io-error` names the pool; a full one is waited for, and then it goes on by itself.",
     "hung": "Its hypervisor process does not answer.",
     "unreachable": "Its node does not answer. It may be running.",
     "error": "It should run, and does not. The master tries again by itself, unless something holds it.",

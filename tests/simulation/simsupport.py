@@ -353,6 +353,15 @@ async def stopped(box: Box, **request: Any) -> None:
     await box.do("instance.stop", "web1", timeout=1.0)
 
 
+async def stopped_by_storage(box: Box) -> None:
+    """Running, until a write failed; it would go well now."""
+    await running(box)
+    box.world.trouble = lambda node, volume: "failed"
+    box.world.tick()
+    box.world.trouble = lambda node, volume: ""
+    await asyncio.sleep(2)
+
+
 async def local(box: Box, **request: Any) -> None:
     await box.add_pool("local", "file")
     await running(box, template="local", **request)
@@ -425,6 +434,7 @@ STORIES = [
     Story("start", "instance.start", "web1", {}, stopped),
     Story("start-elsewhere", "instance.start", "web1", {"node": "node3"}, stopped),
     Story("stop", "instance.stop", "web1", {"timeout": 1.0}, running),
+    Story("resume", "instance.resume", "web1", {}, stopped_by_storage, broken=True),
     Story("reboot-full", "instance.reboot", "web1", {"type": "full"}, running),
     Story("migrate", "instance.migrate", "web1", {}, running, ends=MIGRATES),
     Story("migrate-mirrored", "instance.migrate", "web1", {}, mirrored, ends=MIGRATES),

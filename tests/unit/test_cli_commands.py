@@ -154,6 +154,7 @@ CASES: list[tuple[str, Sent]] = [
     ("atoll instance add w -t diskless --kernel /k", ("instance.add", "", {"name": "w", "kernel": "/k"})),
     ("atoll instance start web1 -n node2 --node-is-dead", ("instance.start", "web1", {"node": "node2", "node_is_dead": True})),
     ("atoll instance stop web1 --timeout 5", ("instance.stop", "web1", {"timeout": 5.0})),
+    ("atoll instance resume web1", ("instance.resume", "web1", {})),
     ("atoll instance reboot web1 --type full", ("instance.reboot", "web1", {"type": "full"})),
     ("atoll instance migrate web1 -n node2 --allow-failover", ("instance.migrate", "web1", {"node": "node2", "allow_failover": True})),
     ("atoll instance failover web1 --node-is-dead --timeout 3", ("instance.failover", "web1", {"node_is_dead": True, "timeout": 3.0})),

@@ -16,6 +16,9 @@ from atoll.model.messages import Connection, Endpoint, GuestDisk, GuestSpec, Gue
 from atoll.rpc.contract import Report
 from atoll.storage.contract import StorageAccess
 
+#: Seconds in which a guest that was let go on shows whether its storage takes its writes now.
+RETRY = 1.0
+
 
 class GuestOrders:
     """Handlers of ``guest.*`` and ``claim.*``."""
@@ -43,6 +46,7 @@ class GuestOrders:
             "guest.migrate_cancel": self.migrate_cancel,
             "guest.await_incoming": self.await_incoming,
             "guest.resume": self.resume,
+            "guest.go_on": self.go_on,
             "guest.list": self.list_guests,
             "claim.release": self.release,
         }
@@ -173,3 +177,15 @@ class GuestOrders:
             self._check_generation(args["instance"], args["generation"])
             self._contact.check("guest.resume")
             await self._hypervisor.resume(args["instance"])
+
+    async def go_on(self, args: dict[str, Any], report: Report) -> Any:
+        """Let a guest that its storage stopped try again; its status once it goes on, or stands still again."""
+        await self.resume(args, report)
+        loop = asyncio.get_running_loop()
+        end = loop.time() + RETRY
+        while True:
+            # QEMU tells nobody that a write has gone well this time; one that fails again stops the guest within a moment.
+            status = await self._hypervisor.status(args["instance"])
+            if status.state != "running" or loop.time() >= end:
+                return status.model_dump(mode="json")
+            await asyncio.sleep(0.1)

@@ -133,6 +133,14 @@ def stop(targets: tuple[str, ...], timeout: float, **options: Any) -> None:
 
 @instance.command()
 @target("instance", nargs=-1, required=True)
+@job_options
+def resume(targets: tuple[str, ...], **options: Any) -> None:
+    """Let instances go on that their storage stopped: what failed is tried again, and nothing is lost."""
+    work.run_many("instance", "resume", targets, {}, **options)
+
+
+@instance.command()
+@target("instance", nargs=-1, required=True)
 @click.option("-t", "--type", type=click.Choice(["soft", "hard", "full"]), default="hard", show_default=True)
 @job_options
 def reboot(targets: tuple[str, ...], type: str, **options: Any) -> None:

@@ -51,7 +51,8 @@ class Hypervisor(Protocol):
         """Tell the guest that a disk has grown to ``size`` bytes."""
 
     async def resume(self, guest: str) -> None:
-        """Let a paused or incoming-and-complete guest run. Running = success. Errors: GuestError."""
+        """Let a paused or incoming-and-complete guest run; what a disk's error has stopped is tried again. Running = success.
+        Errors: GuestError."""
 
     async def incoming(self, spec: GuestSpec, copy: list[str], peer: str, report: Report) -> Endpoint:
         """Start a paused guest that waits for a migration; ``copy`` names volumes that will come over NBD. ``peer`` is the name of

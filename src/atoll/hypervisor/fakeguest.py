@@ -13,6 +13,7 @@ Words of the kernel command line that it knows: ``ctr=vda`` writes records, ``ac
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -63,6 +64,7 @@ class Guest:
         self.options = options(spec["boot"]["append"])
         self.disks = {disk.volume: disk for disk in map(Disk, spec["disks"])}
         self.state, self.reason = ("incoming", "") if spec["incoming"] else ("running", "")
+        self.disk_errors: dict[str, str] = {}
         self.arriving, self.ending, self.recorded = "", False, False
         self.migration: Migration | None = None
         self.n, self.writer, self.port = 0, "", 0
@@ -141,8 +143,8 @@ class Guest:
                 disk.close()
             raise
 
-    def become(self, state: str, reason: str = "") -> None:
-        self.state, self.reason = state, reason
+    def become(self, state: str, reason: str = "", disk_errors: dict[str, str] | None = None) -> None:
+        self.state, self.reason, self.disk_errors = state, reason, disk_errors or {}
         self.loop.notify()
 
     async def write(self) -> None:
@@ -157,7 +159,8 @@ class Guest:
                 os.pwrite(disk.fd, record(n), n % SLOTS * RECORD)
                 os.fdatasync(disk.fd)
             except OSError as error:
-                self.become("paused", f"io-error: {disk.volume}: {error.strerror}")  # werror=stop: never pretend
+                what = {disk.volume: "full" if error.errno == errno.ENOSPC else "failed"}
+                self.become("paused", f"io-error: {disk.volume}: {error.strerror}", what)  # werror=stop: never pretend
                 continue
             self.n = n
             self.say(f"ACK {n}")
@@ -240,6 +243,7 @@ class Guest:
             "pid": os.getpid(),
             "memory": self.spec["memory"],
             "vcpus": self.spec["vcpus"],
+            "disk_errors": self.disk_errors,
             "disks": sorted(self.disks),
             "port": self.port,
         }
@@ -328,7 +332,7 @@ class Guest:
         """Answers when the guest is paused before its switchover (or further)."""
         move = self.migration
         if move is None or move.status in ("failed", "cancelled"):
-            if self.state != "running":
+            if self.state != "running" and not self.disk_errors:
                 raise Refused("guest_error", f"a guest that is {self.state} cannot be migrated")
             unknown = [volume for volume in order["copy"] if volume not in self.disks]
             if unknown:

@@ -38,7 +38,7 @@ class Migration:
         self.watchdog = float(order["watchdog"])
         self.status, self.error, self.percent, self.text = "setup", "", 0.0, "connecting"
         self.go, self.sent, self.began, self.paused = False, 0, time.monotonic(), 0.0
-        self.before = ("running", "")
+        self.before: tuple[str, str, dict[str, str]] = ("running", "", {})
         self.final: dict[str, int] = {}
         self.task: Task | None = None
 
@@ -102,7 +102,7 @@ async def _transfer(guest: Guest, move: Migration, sock: socket.socket) -> None:
         _check(guest, sock)
         move.percent, move.text = (50 if move.copy else 0) + (step + 1) * (5 if move.copy else 10), "memory"
         guest.loop.notify()
-    move.before, move.paused, move.status = (guest.state, guest.reason), time.monotonic(), "pre-switchover"
+    move.before, move.paused, move.status = (guest.state, guest.reason, guest.disk_errors), time.monotonic(), "pre-switchover"
     guest.become("paused", "migration")
     until = move.paused + move.watchdog
     while not move.go:

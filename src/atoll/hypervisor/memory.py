@@ -139,7 +139,7 @@ class MemoryHypervisor:
             found = await self._find(guest)
             move = found.move
             if move is None or move.status in ("failed", "cancelled"):
-                if found.state != "running":
+                if found.state != "running" and not found.disk_errors:
                     raise GuestError(f"{guest} is {found.state} and cannot be migrated")
                 move = self.world.begin_move(found, to.node, copy)
             elif move.target != to.node:

@@ -27,7 +27,7 @@ class Move:
     error: str = ""
     progress: Progress = field(default_factory=lambda: Progress(percent=0, text="connecting"))
     go: bool = False
-    before: tuple[str, str] = ("running", "")
+    before: tuple[str, str, dict[str, str]] = ("running", "", {})
     began: float = 0.0
     paused: float = 0.0
     figures: MigrationFigures = field(default_factory=MigrationFigures)
@@ -49,6 +49,7 @@ class MemoryGuest:
     reason: str = ""
     active: bool = False
     hung: bool = False
+    disk_errors: dict[str, str] = field(default_factory=dict)
     arriving: str = ""
     peer: str = ""
     copy: list[str] = field(default_factory=list)
@@ -80,6 +81,7 @@ class MemoryGuest:
                 "pid": self.pid,
                 "memory": self.spec.memory,
                 "vcpus": self.spec.vcpus,
+                "disk_errors": self.disk_errors,
             }
         )
 
@@ -102,6 +104,8 @@ class World:
         self.images: dict[str, int] = {}
         self.written: dict[str, set[str]] = {}
         self.fault: Fault | None = None
+        #: What becomes of a write to a volume now: ``full`` or ``failed``; it stops its guest. Default: all goes well.
+        self.trouble: Callable[[str, str], str] = lambda node, volume: ""
         #: Whether a migration stream between two nodes is cut.
         self.unreachable: Callable[[str, str], bool] = lambda a, b: False
         #: Which image a volume is on a node: another one per node for node-local pools. Default: all nodes see the same.
@@ -118,7 +122,8 @@ class World:
             for volume, disk in guest.disks.items():
                 if guest.state == "running" and not guest.hung and disk.mode == "rw":
                     for _ in range(records):
-                        self._write(guest, volume)
+                        if guest.state == "running":
+                            self._write(guest, volume)
 
     def missing(self) -> dict[str, int]:
         """Volume -> how many acknowledged records no image of it holds. Empty when nothing is lost."""
@@ -199,9 +204,9 @@ class World:
             source.move.error = "the target closed the stream"
         self.notify()
 
-    def become(self, guest: MemoryGuest, state: str, reason: str = "") -> None:
+    def become(self, guest: MemoryGuest, state: str, reason: str = "", disk_errors: dict[str, str] | None = None) -> None:
         """Its new state; two writers are seen here."""
-        guest.state, guest.reason = state, reason
+        guest.state, guest.reason, guest.disk_errors = state, reason, disk_errors or {}
         self.notify()
         if state != "running":
             return
@@ -234,7 +239,7 @@ class World:
             del guest.disks[disk.volume]
             raise
         self._read(guest, disk.volume)
-        self.become(guest, guest.state, guest.reason)
+        self.become(guest, guest.state, guest.reason, guest.disk_errors)
 
     def press_power(self, guest: MemoryGuest) -> None:
         """The power button; a guest with ``acpi=off`` ignores it."""
@@ -259,6 +264,9 @@ class World:
             self._violated(f"{volume} on {guest.node} ends at record {found}, but {self.acknowledged[volume]} was acknowledged")
 
     def _write(self, guest: MemoryGuest, volume: str) -> None:
+        if what := self.trouble(guest.node, volume):
+            self.become(guest, "paused", f"io-error: {volume}", {volume: what})
+            return
         image, n = self.image(guest.node, volume), guest.counters.get(volume, 0) + 1
         if self.images.get(image, 0) != n - 1:
             text = f"{volume}: {guest.spec.instance} on {guest.node} writes record {n} after record {self.images.get(image, 0)}"
@@ -311,7 +319,7 @@ class World:
             move.progress = Progress(percent=(step + 1) * 100 / RAM_STEPS, text="memory")
             self.notify()
         loop = asyncio.get_running_loop()
-        move.before, move.paused, move.status = (guest.state, guest.reason), loop.time(), "pre-switchover"
+        move.before, move.paused, move.status = (guest.state, guest.reason, guest.disk_errors), loop.time(), "pre-switchover"
         self.become(guest, "paused", "migration")
         if not await self.wait(lambda: move.go or bool(move.error), self.watchdog):
             await self.wait(lambda: not guest.hung)

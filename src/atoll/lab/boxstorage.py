@@ -24,11 +24,18 @@ class SharedDisks:
         self.world, self.capacity = world, capacity
         self.images: dict[str, dict[str, dict[str, Any]]] = {}
         self.marks: dict[str, str] = {}
+        #: Pool (id) -> bytes that other people's files take.
+        self.taken: dict[str, int] = {}
         #: Pools (ids) whose storage is not there.
         self.lost: set[str] = set()
         #: Images that are served for a copy: volume -> (server, peer).
         self.served: dict[str, tuple[str, str]] = {}
         self.fault: StorageFault | None = None
+
+    def free(self, ref: PoolRef, images: dict[str, dict[str, Any]]) -> int:
+        """Bytes that are left where these images lie."""
+        used: int = sum(image["size"] for image in images.values())
+        return self.capacity - self.taken.get(ref.id, 0) - used
 
     def image(self, node: str, volume: str) -> str:
         """What a guest on the node writes when it writes the volume: an image of its own where the pool is node-local."""
@@ -87,8 +94,7 @@ class BoxStorage:
         return {"ok": True}
 
     def _space(self, ref: PoolRef) -> Any:
-        used = sum(image["size"] for image in self._place(ref).values())
-        return {"total": self._disks.capacity, "free": self._disks.capacity - used}
+        return {"total": self._disks.capacity, "free": max(0, self._disks.free(ref, self._place(ref)))}
 
     def _create(self, ref: PoolRef, spec: dict[str, Any]) -> str:
         images = self._place(ref)
@@ -97,7 +103,7 @@ class BoxStorage:
             if images[logical_id]["size"] != spec["size"]:
                 raise Conflict(f"{logical_id} exists with another size")
             return logical_id
-        if sum(image["size"] for image in images.values()) + spec["size"] > self._disks.capacity:
+        if spec["size"] > self._disks.free(ref, images):
             raise PoolFull(f"pool {ref.name} has no room for {spec['size']} bytes")
         images[logical_id] = {"size": spec["size"], "volume": spec["volume"]}
         return logical_id
@@ -113,7 +119,7 @@ class BoxStorage:
         image = self._find(ref, logical_id)
         if size < image["size"]:
             raise ShrinkRefused(f"{logical_id} is larger")
-        if sum(other["size"] for other in self._place(ref).values()) - image["size"] + size > self._disks.capacity:
+        if size - image["size"] > self._disks.free(ref, self._place(ref)):
             raise PoolFull(f"pool {ref.name} has no room for {size} bytes")
         image["size"] = size
         return size

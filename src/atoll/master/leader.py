@@ -97,6 +97,11 @@ class MasterLeader:
     def _background(self, work: Coroutine[Any, Any, None]) -> None:
         self._tasks.append(asyncio.get_running_loop().create_task(work))
 
+    @property
+    def space_monitor(self) -> SpaceMonitor:
+        """What is known of the pools' space, and since when."""
+        return self._spaces
+
     # --- jobs ---
 
     async def submit(

@@ -1,6 +1,7 @@
 """The loop that brings guests back: a missing one is restarted on its claim's node only, after that node's own word.
 
-It never moves a claim, never deletes anything, and kills a guest only on a node that is not among its claim's holders.
+A guest that a full pool has stopped goes on when there is room (see ``resume``). The loop never moves a claim, never deletes anything, and
+kills a guest only on a node that is not among its claim's holders.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from atoll.master.resume import Resumer
 from atoll.model.errors import AtollError
 from atoll.model.messages import GuestStatus
 from atoll.model.objects import Hold, Instance, JobState, Node
@@ -33,6 +35,7 @@ class Reconciler:
         self._failures: dict[str, int] = {}
         self._not_before: dict[str, float] = {}
         self._jobs: dict[str, int] = {}
+        self._resumer = Resumer(leader.state, leader.space_monitor)
 
     async def run(self) -> None:
         """Look for ever."""
@@ -85,6 +88,11 @@ class Reconciler:
             self._seen.pop(instance.id, None)
             if guest is not None and guest.state == "running":
                 self._failures.pop(instance.id, None)
+                self._resumer.runs(instance.id, now)
+            elif guest is not None and guest.state == "paused" and self._resumer.due(instance, guest, holder, now):
+                log.warning("reconcile", operation="instance.resume", instance=instance.name)
+                await self._leader.submit_internal("instance.resume", instance.id)
+                self._quiet.pop(instance.id, None)
 
     async def _submit(self, operation: str, instance: Instance, now: float) -> None:
         if now < self._not_before.get(instance.id, 0.0):

@@ -21,11 +21,20 @@ class SpaceMonitor:
     def __init__(self, state: State, agents: Agents) -> None:
         self._state, self._agents = state, agents
         self._known: dict[tuple[str, str], Space] = {}
+        self._asked: dict[tuple[str, str], float] = {}
         self._soon = asyncio.Event()
 
     def known(self) -> Mapping[tuple[str, str], Space]:
         """All that is known now."""
         return self._known
+
+    def key(self, pool: Pool, node: str) -> tuple[str, str]:
+        """Under what the space that a guest on the node with this id writes to is known."""
+        return pool.id, node if self._state.driver(pool).node_local else ""
+
+    def known_since(self, key: tuple[str, str], since: float) -> Space | None:
+        """The space as it was asked for after that moment of the monotonic clock; None when that is not known."""
+        return self._known.get(key) if self._asked.get(key, 0.0) > since else None
 
     def look_soon(self) -> None:
         """Something changed: do not wait for the next turn."""
@@ -53,9 +62,10 @@ class SpaceMonitor:
         return found
 
     async def _one(self, pool: Pool, node: Node) -> None:
-        key = (pool.id, node.id if self._state.driver(pool).node_local else "")
+        key, asked = self.key(pool, node.id), self._state.clock.monotonic()
         try:
             ref = self._state.ref(pool, node).model_dump(mode="json")
             self._known[key] = Space(**await self._agents.ask(node.id, "pool.space", {"ref": ref}, deadline=DEADLINE))
+            self._asked[key] = asked
         except AtollError:
             self._known.pop(key, None)

@@ -6,8 +6,10 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from atoll.api.leader import Finding
+from atoll.master.verify_storage import StorageFindings
 from atoll.model.errors import AtollError
-from atoll.model.objects import DeathProof, Hold, Instance, Job, JobState, Node, Pool, Volume, VolumeState
+from atoll.model.objects import DeathProof, Hold, Instance, Job, JobState, Node, Volume, VolumeState
+from atoll.operations.trouble import IO_ERROR
 
 if TYPE_CHECKING:
     from atoll.jobs.engine import Engine
@@ -20,15 +22,13 @@ class Verifier:
 
     def __init__(self, state: State, agents: Agents, engine: Engine) -> None:
         self._state, self._agents, self._engine = state, agents, engine
-        self._why = ""
 
     async def look(self) -> list[Finding]:
         """All findings, errors first."""
         found = [*self._nodes(), *self._jobs(), *self._volumes()]
         guests = await self._guests()
         found += guests
-        for pool in self._state.store.all(Pool):
-            found += await self._pool(pool)
+        found += await StorageFindings(self._state, self._agents, self._engine, self._working_on).look()
         order = {"error": 0, "warning": 1, "info": 2}
         return sorted(found, key=lambda f: (order.get(f.severity, 3), f.about))
 
@@ -53,9 +53,6 @@ class Verifier:
             if proof:
                 age = self._state.clock.now() - proof.at
                 found.append(Finding("warning", "node was declared dead", node.name, f"by {proof.method}: {proof.who}", age))
-            report = self._state.health.report(node.id)
-            for pool, reason in (report.stalled_pools if report else {}).items():
-                found.append(Finding("error", "pool is stalled on a node", f"{node.name}/{pool}", reason, None, ("atoll pool check POOL",)))
         return found
 
     def _jobs(self) -> list[Finding]:
@@ -108,7 +105,7 @@ class Verifier:
                 elif node.id not in state.claim(instance.id).nodes and not self._engine.busy(instance.resource):
                     why = "the claim is elsewhere; the master kills this copy by itself"
                     found.append(Finding("error", "stale copy of a guest", about, why, None, (f"atoll instance info {instance.name}",)))
-                elif guest["state"] in ("paused", "hung"):
+                elif guest["state"] in ("paused", "hung") and not guest["reason"].startswith(IO_ERROR):
                     found.append(
                         Finding(
                             "error", f"guest is {guest['state']}", about, guest["reason"], None, (f"atoll instance info {instance.name}",)
@@ -123,59 +120,8 @@ class Verifier:
                 found.append(Finding("error", "guest is missing", instance.name, "it should run, and runs nowhere", None, commands))
         return found
 
-    async def _pool(self, pool: Pool) -> list[Finding]:
-        state = self._state
-        local = state.driver(pool).node_local
-        nodes = [n for n in state.store.all(Node) if n.group in pool.groups and state.health.alive(n.id) and not n.offline]
-        found: list[Finding] = []
-        for node in nodes if local else nodes[:1]:
-            answer = await self._ask(node.id, "volume.list", {"ref": state.ref(pool, node).model_dump(mode="json")})
-            if answer is None:
-                commands = (f"atoll pool check {pool.name}",)
-                found.append(Finding("error", "pool cannot be listed", f"{pool.name} on {node.name}", self._why, None, commands))
-                continue
-            found += self._compare(pool, node, answer, local)
-        return found
-
-    def _compare(self, pool: Pool, node: Node, images: list[dict[str, Any]], local: bool) -> list[Finding]:
-        state = self._state
-        place = f"{pool.name} on {node.name}" if local else pool.name
-        known = {v.logical_id: v for v in state.store.all(Volume) if v.pool == pool.id and (not local or node.id in (v.node, v.secondary))}
-        owned = {v.id for v in known.values()}
-        found = []
-        present = set()
-        for image in images:
-            present.add(image["logical_id"])
-            age = state.clock.now() - image["modified"] if image["modified"] else None
-            if image["volume"] and image["volume"] not in owned and not self._working_on(image["volume"]):
-                adopt = f"atoll volume create --pool {pool.name} --adopt {image['logical_id']}" + (f" -n {node.name}" if local else "")
-                why = "an image with one of our names that no volume owns"
-                found.append(
-                    Finding(
-                        "warning",
-                        "orphan image",
-                        f"{image['logical_id']} in {place}",
-                        why,
-                        age,
-                        (f"keep it: {adopt}", "or delete the file"),
-                    )
-                )
-            volume = known.get(image["logical_id"])
-            if volume is not None and volume.size != image["size"] and not self._engine.busy(volume.resource):
-                why = f"the record says {volume.size} bytes, the image has {image['size']}"
-                found.append(Finding("warning", "size differs", volume.name, why, age, (f"atoll volume info {volume.name}",)))
-        for logical_id, volume in known.items():
-            if logical_id and logical_id not in present and volume.state in (VolumeState.AVAILABLE, VolumeState.IN_USE):
-                if self._engine.busy(volume.resource):
-                    continue
-                owner = state.store.get(Instance, volume.instance or "")
-                fix = f"atoll instance recreate {owner.name}" if owner else f"atoll volume delete {volume.name}"
-                found.append(Finding("error", "image is missing", f"{volume.name} in {place}", f"{logical_id} is not there", None, (fix,)))
-        return found
-
     async def _ask(self, node: str, method: str, args: dict[str, Any]) -> Any:
         try:
             return await self._agents.ask(node, method, args, deadline=15.0)
-        except AtollError as error:
-            self._why = error.message
+        except AtollError:
             return None

@@ -167,6 +167,8 @@ class GuestStatus(Wire):
     pid: int | None = None
     memory: int = 0
     vcpus: int = 0
+    #: Why its storage stopped it: volume -> ``full`` (no space was left for a write) or ``failed`` (any other error).
+    disk_errors: dict[str, str] = Field(default_factory=dict)
 
 
 class Endpoint(Wire):
@@ -199,5 +201,7 @@ class NodeReport(Wire):
     memory_free: int = 0
     cpus: int = 0
     guests: list[GuestStatus] = Field(default_factory=list)
+    #: Pool id -> why its storage does not answer here, and for how many seconds it has not.
     stalled_pools: dict[str, str] = Field(default_factory=dict)
+    stalled_for: dict[str, float] = Field(default_factory=dict)
     accelerator: str = ""

@@ -136,7 +136,11 @@ def _prepare_start(state: State, target: str, request: InstanceStart) -> Prepare
         if not state.health.alive(holder.id):
             proof_of_death(state, instance, holder, False)
         report = state.health.report(holder.id)
-        if report and any(g.instance == instance.id and g.state != "gone" for g in report.guests):
+        guest = next((g for g in report.guests if g.instance == instance.id and g.state != "gone"), None) if report else None
+        if guest and guest.state == "paused":
+            words = f"instance {instance.name} stands still on node {holder.name}: {guest.reason}"
+            raise WrongState(words, hint=f"atoll instance resume {instance.name}")
+        if guest:
             raise WrongState(f"instance {instance.name} runs on node {holder.name}", hint=f"atoll instance info {instance.name}")
     plan = plan_start(state, instance, request.node, request.node_is_dead)
     node = state.store.require(Node, plan["node"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from atoll.model.messages import GuestStatus
 from atoll.model.objects import Disk, Instance, Job
+from atoll.operations import trouble
 from atoll.operations.index import Index, Row
 
 
@@ -21,31 +22,31 @@ def instance_state(item: Instance, index: Index) -> tuple[str, str]:
         if job and wanted:
             return "starting", f"job {job.number}"
         return ("error", "should run, but no node runs it") if wanted else ("stopped", item.stopped_by)
-    holder = index.node_name(claim.holder)
     if index.state.proved_dead(claim.holder):
-        return "unreachable", f"its node {holder} is dead"
+        return "unreachable", f"its node {index.node_name(claim.holder)} is dead"
     if not index.alive.get(claim.holder, False):
-        return "unreachable", f"its node {holder} does not answer"
+        return "unreachable", f"its node {index.node_name(claim.holder)} does not answer"
     guest = index.guests.get((claim.holder, item.id))
-    return _guest_state(item, guest, str(holder), job, wanted)
+    return _guest_state(item, guest, index, job)
 
 
-def _guest_state(item: Instance, guest: GuestStatus | None, holder: str, job: Job | None, wanted: bool) -> tuple[str, str]:
+def _guest_state(item: Instance, guest: GuestStatus | None, index: Index, job: Job | None) -> tuple[str, str]:
+    holder, wanted = index.state.claim(item.id).holder or "", item.desired == "running"
     state = guest.state if guest else "gone"
     reason = guest.reason if guest else ""
     if state == "running":
         if wanted:
-            return "running", ""
+            return "running", trouble.stalled(item, holder, index)
         return ("stopping", f"job {job.number}") if job else ("running", "should be stopped")
     if state in ("paused", "hung"):
-        return state, reason
+        return state, trouble.why(guest, index) if guest else reason
     if state in ("incoming", "migrated"):
         return "migrating", reason
     if job and wanted:
         return "starting", f"job {job.number}"
     if state == "shutdown":
         return "stopped", item.stopped_by or "by the guest"
-    return ("error", f"should run on {holder}, but does not") if wanted else ("stopped", item.stopped_by)
+    return ("error", f"should run on {index.node_name(holder)}, but does not") if wanted else ("stopped", item.stopped_by)
 
 
 def instance(item: Instance, index: Index) -> Row:
@@ -53,6 +54,7 @@ def instance(item: Instance, index: Index) -> Row:
     claim = index.state.claim(item.id)
     state, reason = instance_state(item, index)
     job = index.busy.get(item.resource)
+    guest = index.guests.get((claim.holder, item.id)) if claim.holder and state == "paused" else None
     disks = [_disk(number, disk, index) for number, disk in enumerate(item.disks)]
     return {
         "name": item.name,
@@ -82,6 +84,7 @@ def instance(item: Instance, index: Index) -> Row:
         "created": item.created,
         "tags": list(item.tags),
         "hold": index.hold(item.resource),
+        "commands": trouble.commands(item, guest, index) if guest else [],
     }
 
 

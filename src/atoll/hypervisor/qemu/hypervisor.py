@@ -38,6 +38,8 @@ class QemuHypervisor:
         self._starting: dict[str, asyncio.Lock] = {}
         #: Guests that we have told to power off in order to boot them again.
         self._rebooting: set[str] = set()
+        #: What stopped which process of which guest; asked once for each stop.
+        self._disk_errors: dict[str, tuple[int, dict[str, str]]] = {}
 
     # --- looking ---
 
@@ -55,7 +57,7 @@ class QemuHypervisor:
 
     async def status(self, guest: str) -> GuestStatus:
         """One guest, within about a second; three if it is busy."""
-        found = await status.look(self._files(guest), self._monitors, self.tuning)
+        found = await status.look(self._files(guest), self._monitors, self.tuning, self._disk_errors)
         if found.state == "shutdown" and guest in self._rebooting:
             return found.model_copy(update={"state": "running", "reason": "rebooting"})
         return found
@@ -150,6 +152,7 @@ class QemuHypervisor:
             if runstate in ("inmigrate", "postmigrate", "finish-migrate", "shutdown"):
                 # QEMU itself would let a guest run that has been handed over: two writers.
                 raise GuestError(f"guest {guest} cannot be resumed: {status.REASONS[runstate]}")
+            self._disk_errors.pop(guest, None)
             await incoming.let_run(session, self.tuning)
 
     # --- disks ---

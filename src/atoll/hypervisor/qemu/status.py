@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Literal
+from typing import Any, Literal
 
 from atoll.hypervisor.contract import Report
 from atoll.hypervisor.qemu import process
@@ -23,7 +23,7 @@ STATES: dict[str, State] = {
     "shutdown": "shutdown",
 }
 REASONS = {
-    "io-error": "its storage failed",
+    "io-error": "io-error: its storage failed",
     "prelaunch": "it has not begun to run",
     "inmigrate": "it waits for its memory",
     "postmigrate": "it has been handed over to the target of its migration",
@@ -35,17 +35,24 @@ REASONS = {
 }
 
 
-async def look(files: GuestFiles, monitors: Monitors, tuning: Tuning) -> GuestStatus:
-    """The guest's status; never an error, and never late."""
+#: What QEMU says of a disk that stopped its guest, in our words.
+DISK_ERRORS = {"nospace": "full", "failed": "failed"}
+
+
+async def look(files: GuestFiles, monitors: Monitors, tuning: Tuning, known_errors: dict[str, tuple[int, dict[str, str]]]) -> GuestStatus:
+    """The guest's status; never an error, and never late. ``known_errors``: guest -> process, and what stopped it."""
     pids = process.find(files)
     if not pids:
+        known_errors.pop(files.guest, None)
         return GuestStatus(instance=files.guest, state="gone")
     pid = pids[-1]
     spec = files.spec()
     known = GuestStatus(instance=files.guest, state="hung", pid=pid, reason="its process does not answer")
     if spec:
         known = known.model_copy(update={"name": spec.name, "generation": spec.generation, "memory": spec.memory, "vcpus": spec.vcpus})
-    asking = asyncio.ensure_future(_ask(files, monitors, tuning.answer_busy))
+    of_pid, before = known_errors.get(files.guest, (pid, None))
+    before = before if of_pid == pid else None
+    asking = asyncio.ensure_future(_ask(files, monitors, tuning.answer_busy, before))
     try:
         done, _ = await asyncio.wait({asking}, timeout=tuning.answer)
         # A process that works may just be busy; one that is stopped, or waits in the kernel, is not.
@@ -53,7 +60,7 @@ async def look(files: GuestFiles, monitors: Monitors, tuning: Tuning) -> GuestSt
             done, _ = await asyncio.wait({asking}, timeout=tuning.answer_busy - tuning.answer)
         if not done:
             return known
-        runstate, migration = asking.result()
+        runstate, migration, disk_errors = asking.result()
     except Closed:
         if not process.find(files):
             return GuestStatus(instance=files.guest, state="gone")
@@ -65,13 +72,33 @@ async def look(files: GuestFiles, monitors: Monitors, tuning: Tuning) -> GuestSt
         asking.cancel()
     state: str = STATES.get(runstate, "paused")
     reason = REASONS.get(runstate, "" if runstate in ("running", "paused") else runstate)
-    return known.model_copy(update={"state": state, "reason": reason, "migration": migration})
+    if disk_errors:
+        known_errors[files.guest] = pid, disk_errors
+    else:
+        known_errors.pop(files.guest, None)
+    return known.model_copy(update={"state": state, "reason": reason, "migration": migration, "disk_errors": disk_errors})
 
 
-async def _ask(files: GuestFiles, monitors: Monitors, limit: float) -> tuple[str, str]:
+async def _ask(files: GuestFiles, monitors: Monitors, limit: float, before: dict[str, str] | None) -> tuple[str, str, dict[str, str]]:
     async with monitors.session(files.qmp, command=limit) as session:
         runstate = str((await session.execute("query-status"))["status"])
-        return runstate, leaving(await session.execute("query-migrate"))
+        migration = leaving(await session.execute("query-migrate"))
+        if runstate != "io-error":
+            return runstate, migration, {}
+        # Once for each stop, and never of a guest that runs: QEMU looks at every image for this, and stands still if its storage does.
+        return runstate, migration, before or failed_disks(await session.execute("query-block"))
+
+
+def failed_disks(devices: list[dict[str, Any]]) -> dict[str, str]:
+    """The disks whose errors stopped the guest, from QEMU's account of its block devices: volume -> ``full`` or ``failed``."""
+    found = {}
+    for device in devices:
+        what = DISK_ERRORS.get(device.get("io-status", "ok"))
+        if what:
+            # /machine/peripheral/VOLUME/virtio-backend
+            parts = str(device.get("qdev", "")).split("/")
+            found[parts[3] if len(parts) > 3 else str(device.get("inserted", {}).get("node-name", ""))] = what
+    return found
 
 
 async def power_off(session: Session, grace: float, tuning: Tuning, report: Report) -> bool:
