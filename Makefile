@@ -1,7 +1,7 @@
 # Atoll: `make help` tells what there is.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint clean
+.PHONY: help setup demo test check lint bench clean
 
 # How many tests run side by side; those that start guests or labs take turns whatever this is.
 JOBS ?= 2
@@ -30,9 +30,13 @@ check:  ## a look in under a minute: lint, and the fast tests
 
 lint:  ## style, types, and who imports whom
 	@scripts/setup.sh check
-	.venv/bin/ruff check src tests scripts contrib
+	.venv/bin/ruff check src tests scripts contrib benchmarks
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+
+bench:  ## measures the control plane, about five minutes (ONLY="cli instances jobs volumes idle scale migration": some of it)
+	@scripts/setup.sh test
+	@.venv/bin/python -m benchmarks $(ONLY)
 
 clean:  ## removes what was built here; labs and the system's packages stay
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import ssl
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import aiohttp
@@ -48,9 +48,7 @@ class HttpsTransport:
             async with self._client().post(
                 url, data=call.model_dump_json(), timeout=timeout, server_hostname=node.name, headers={"Content-Type": "application/json"}
             ) as answer:
-                async for line in answer.content:
-                    if not line.strip():
-                        continue
+                async for line in _lines_of(answer.content):
                     message = json.loads(line)
                     if "progress" in message:
                         report(Progress(**message["progress"]))
@@ -70,6 +68,22 @@ class HttpsTransport:
         """See ``Transport``."""
         if self._session is not None:
             await self._session.close()
+
+
+async def _lines_of(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    """The lines that are not empty. One line may be megabytes long, such as a pool's list: ``readline`` would refuse it."""
+    parts: list[bytes] = []
+    async for chunk in content.iter_any():
+        *ended, rest = chunk.split(b"\n")
+        for end in ended:
+            line = b"".join([*parts, end])
+            parts = []
+            if line:
+                yield line
+        if rest:
+            parts.append(rest)
+    if parts:
+        raise aiohttp.ClientPayloadError("the answer ends in the middle of a line")
 
 
 def lines(progress: Progress | None = None, result: Any = None, error: AtollError | None = None) -> bytes:

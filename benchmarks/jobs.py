@@ -1,0 +1,105 @@
+"""``jobs``: what a job costs beyond its work, and how fast a master is back with a thousand of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from atoll.lab.host import descendants
+from benchmarks.cluster import Cluster, cluster
+from benchmarks.records import Record, record
+
+ROUNDS, WAITING, CLIENTS = 200, 1000, 4
+MIB = 1 << 20
+
+
+def run() -> Iterator[Record]:
+    """A job that changes one record in the store, and jobs whose orders are under way when the master dies."""
+    with cluster("bj") as made:
+        yield from _overhead(made)
+        yield from _restart(made)
+
+
+def _overhead(made: Cluster) -> Iterator[Record]:
+    walls = []
+    before = made.cpu()
+    for number in range(ROUNDS):
+        began = time.perf_counter()
+        made.api.do("POST", "/v1/cluster/tags", add=[f"t{number % 7}"])
+        walls.append(time.perf_counter() - began)
+    yield record("job overhead", statistics.median(walls) * 1000, "ms", target=6)
+    yield record("job overhead, CPU of all processes", (made.cpu() - before) / ROUNDS * 1000, "CPU ms")
+
+
+def _restart(made: Cluster) -> Iterator[Record]:
+    empty = _killed(made)
+    yield record("master restart to serving, no jobs", empty, "s")
+    made.wait_alive()
+    # The agents' workers stand still: orders are under way, and the agents are heard all the same.
+    with _frozen([node.service_pid("agent") for node in made.lab.nodes]):
+        began = time.perf_counter()
+        jobs = _submit(made)
+        rows = made.api.get("/v1/jobs?fields=state")["items"]
+        print(f"  {sum(row['state'] == 'running' for row in rows)} jobs run after {time.perf_counter() - began:.1f} s", file=sys.stderr)
+        began = time.perf_counter()
+        back = _killed(made)
+    yield record("master restart to serving, 1000 jobs to resume", back, "s", target=2)
+    for job in jobs:
+        made.api.ended(job)
+    yield record("1000 resumed jobs done after", time.perf_counter() - began, "s")
+
+
+def _submit(made: Cluster) -> list[int]:
+    """Quickly: a worker that stands still is killed by its agent after ten seconds, and another goes on."""
+    nodes = [node.name for node in made.lab.nodes]
+
+    def client(first: int) -> list[int]:
+        api, found = made.connect(), []
+        for number in range(first, WAITING, CLIENTS):
+            wanted = {"name": f"r{number}", "pool": "local", "size": 64 * MIB, "node": nodes[number % len(nodes)]}
+            found.append(api.submit("POST", "/v1/volumes", wanted))
+        api.close()
+        return found
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        return [job for found in pool.map(client, range(CLIENTS)) for job in found]
+
+
+@contextlib.contextmanager
+def _frozen(agents: list[int]) -> Iterator[None]:
+    """The agents' workers stand still, those too that they start meanwhile."""
+    done = threading.Event()
+
+    def send(number: signal.Signals) -> None:
+        for pid in [child for agent in agents for child in descendants(agent)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def freeze() -> None:
+        while not done.wait(0.02):
+            send(signal.SIGSTOP)
+
+    thread = threading.Thread(target=freeze, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        send(signal.SIGCONT)
+
+
+def _killed(made: Cluster) -> float:
+    """SIGKILL; seconds from its start by the node until requests that change something are taken."""
+    made.first.kill_service("master", signal.SIGKILL)
+    began = time.perf_counter()
+    made.api.close()
+    made.serving()
+    return time.perf_counter() - began
