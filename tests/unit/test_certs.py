@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.hashes import SHA256
 
 from atoll.model.errors import InvalidInput, Unauthenticated, Unreachable
-from atoll.runtime import certs
+from atoll.runtime import certs, tls
 from atoll.runtime.certs import Identity, KeyPair, Role
 
 CA = certs.create_ca("lagoon")
@@ -107,7 +107,9 @@ def test_times_serial_and_fingerprint(tmp_path: Path) -> None:
 def test_keys_are_not_shown_and_files_are_private(tmp_path: Path) -> None:
     assert "PRIVATE" not in repr(CA)
     where = tls_dir(tmp_path)
-    assert {path.name: path.stat().st_mode & 0o777 for path in where.iterdir()} == {"ca.pem": 0o600, "cert.pem": 0o600, "key.pem": 0o600}
+    assert {path.name: path.stat().st_mode & 0o777 for path in where.iterdir()} == {
+        "ca.pem": 0o600, "cert.pem": 0o600, "key.pem": 0o600, "1": 0o700, "current": 0o700,
+    }  # fmt: skip
     assert where.stat().st_mode & 0o777 == 0o700
 
 
@@ -174,20 +176,22 @@ def test_bad_requests_are_refused() -> None:
 
 async def test_both_sides_know_each_other(tmp_path: Path) -> None:
     server, client = tls_dir(tmp_path, "master", "m"), tls_dir(tmp_path, "node", "node1")
-    async with serving(certs.server_context(server)) as (port, peers):
-        seen = certs.identity(await talk(port, certs.client_context(client)))
-        await talk(port, certs.client_context(client), "localhost")
-    assert seen == Identity("master", NODE_ID, "m", certs.serial((server / "cert.pem").read_text()))
-    assert certs.identity(peers[0]) == Identity("node", NODE_ID, "node1", certs.serial((client / "cert.pem").read_text()))
+    async with serving(tls.server_context(server)) as (port, peers):
+        seen = certs.identity(await talk(port, tls.client_context(client)))
+        await talk(port, tls.client_context(client), "localhost")
+    shown = (server / "cert.pem").read_text()
+    assert seen == Identity("master", NODE_ID, "m", certs.serial(shown), certs.issued(shown))
+    shown = (client / "cert.pem").read_text()
+    assert certs.identity(peers[0]) == Identity("node", NODE_ID, "node1", certs.serial(shown), certs.issued(shown))
 
 
 async def test_a_server_refuses_strangers(tmp_path: Path) -> None:
     stranger_ca = certs.create_ca("lagoon")
-    strict = certs.server_context(tls_dir(tmp_path, "node", "strict"))
-    lax = certs.server_context(tls_dir(tmp_path, "master", "lax"), optional_client=True)
-    nobody = certs.client_context(tls_dir(tmp_path, name="nobody"), certificate=False)
-    stranger = certs.client_context(tls_dir(tmp_path, name="stranger", ca=stranger_ca))
-    expired = certs.client_context(tls_dir(tmp_path, name="expired", days=0))
+    strict = tls.server_context(tls_dir(tmp_path, "node", "strict"))
+    lax = tls.server_context(tls_dir(tmp_path, "master", "lax"), optional_client=True)
+    nobody = tls.client_context(tls_dir(tmp_path, name="nobody"), certificate=False)
+    stranger = tls.client_context(tls_dir(tmp_path, name="stranger", ca=stranger_ca))
+    expired = tls.client_context(tls_dir(tmp_path, name="expired", days=0))
     async with serving(strict) as (port, peers):
         for context in (nobody, stranger, expired):
             with pytest.raises((ssl.SSLError, ConnectionError)):
@@ -203,16 +207,16 @@ async def test_a_server_refuses_strangers(tmp_path: Path) -> None:
 
 
 async def test_a_client_refuses_strangers_and_wrong_names(tmp_path: Path) -> None:
-    client = certs.client_context(tls_dir(tmp_path, name="client"))
+    client = tls.client_context(tls_dir(tmp_path, name="client"))
     stranger_ca = certs.create_ca("lagoon")
     for context in (
-        certs.server_context(tls_dir(tmp_path, "master", "stranger", ca=stranger_ca)),
-        certs.server_context(tls_dir(tmp_path, "master", "expired", days=0)),
+        tls.server_context(tls_dir(tmp_path, "master", "stranger", ca=stranger_ca)),
+        tls.server_context(tls_dir(tmp_path, "master", "expired", days=0)),
     ):
         async with serving(context) as (port, _):
             with pytest.raises(ssl.SSLCertVerificationError):
                 await talk(port, client)
-    async with serving(certs.server_context(tls_dir(tmp_path, "node", "node1"))) as (port, _):
+    async with serving(tls.server_context(tls_dir(tmp_path, "node", "node1"))) as (port, _):
         with pytest.raises(ssl.SSLCertVerificationError, match="Hostname mismatch"):
             await talk(port, client, "node2")
         await talk(port, client, "node1")
@@ -225,7 +229,7 @@ async def test_old_tls_is_refused(tmp_path: Path) -> None:
         context.load_verify_locations(cadata=CA.cert_pem)
         context.load_cert_chain(where / "cert.pem", where / "key.pem")
         context.maximum_version = version
-        async with serving(certs.server_context(where, optional)) as (port, _):
+        async with serving(tls.server_context(where, optional)) as (port, _):
             if accepted:
                 await talk(port, context)
             else:
@@ -237,15 +241,15 @@ async def test_old_tls_is_refused(tmp_path: Path) -> None:
 
 
 async def test_joining_by_the_fingerprint_of_the_ca(tmp_path: Path) -> None:
-    context = certs.server_context(tls_dir(tmp_path, "master", "m"), optional_client=True)
+    context = tls.server_context(tls_dir(tmp_path, "master", "m"), optional_client=True)
     pin = certs.fingerprint(CA.cert_pem)
     async with serving(context) as (port, _):
         for written in (pin, ":".join(pin[n : n + 2] for n in range(0, 64, 2)).upper()):
-            pinned, ca_pem = await certs.pinned_context("127.0.0.1", port, written)
+            pinned, ca_pem = await tls.pinned_context("127.0.0.1", port, written)
             assert certs.fingerprint(ca_pem) == pin
             await talk(port, pinned)
         with pytest.raises(Unauthenticated, match="does not belong"):
-            await certs.pinned_context("127.0.0.1", port, certs.fingerprint(certs.create_ca("other").cert_pem))
+            await tls.pinned_context("127.0.0.1", port, certs.fingerprint(certs.create_ca("other").cert_pem))
 
 
 async def test_joining_is_not_fooled_by_a_copied_ca_certificate(tmp_path: Path) -> None:
@@ -254,8 +258,8 @@ async def test_joining_is_not_fooled_by_a_copied_ca_certificate(tmp_path: Path) 
     where = tls_dir(tmp_path, "master", "m", ca=false_ca)
     with open(where / "cert.pem", "a") as file:
         file.write(CA.cert_pem)
-    async with serving(certs.server_context(where, optional_client=True)) as (port, _):
-        pinned, _ = await certs.pinned_context("127.0.0.1", port, certs.fingerprint(CA.cert_pem))
+    async with serving(tls.server_context(where, optional_client=True)) as (port, _):
+        pinned, _ = await tls.pinned_context("127.0.0.1", port, certs.fingerprint(CA.cert_pem))
         with pytest.raises(ssl.SSLCertVerificationError):
             await talk(port, pinned)
 
@@ -264,11 +268,11 @@ async def test_joining_what_does_not_answer(tmp_path: Path) -> None:
     server = await asyncio.start_server(lambda r, w: None, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     with pytest.raises(Unreachable, match=r"within 0.3 s"):
-        await certs.pinned_context("127.0.0.1", port, "00", deadline=0.3)
+        await tls.pinned_context("127.0.0.1", port, "00", deadline=0.3)
     server.close()
     await server.wait_closed()
     with pytest.raises(Unreachable, match="cannot connect"):
-        await certs.pinned_context("127.0.0.1", port, "00")
+        await tls.pinned_context("127.0.0.1", port, "00")
 
 
 # --- QEMU ---
@@ -315,3 +319,51 @@ def test_qemu_accepts_them_and_admits_only_the_peer_named(tmp_path: Path) -> Non
     finally:
         server.kill()
         server.wait()
+
+
+# --- replacing files ---
+
+
+def read(where: Path) -> list[str]:
+    return [(where / name).read_text() for name in certs.FILES]
+
+
+def test_three_files_are_replaced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = [certs.issue(CA, "node", NODE_ID, "node1") for _ in range(4)]
+    for name, text in zip(certs.FILES, (CA.cert_pem, pairs[0].cert_pem, pairs[0].key_pem), strict=True):
+        (tmp_path / name).write_text(text)  # as a person, or an older version, put them there
+    for pair in pairs[1:3]:
+        certs.save(tmp_path, CA.cert_pem, pair.cert_pem, pair.key_pem)
+        assert read(tmp_path) == read(certs.current(tmp_path)) == [CA.cert_pem, pair.cert_pem, pair.key_pem]
+    certs.save(tmp_path, CA.cert_pem * 2, pairs[2].cert_pem)
+    assert read(tmp_path) == [CA.cert_pem * 2, pairs[2].cert_pem, pairs[2].key_pem]
+    assert len([path for path in tmp_path.iterdir() if path.is_dir() and not path.is_symlink()]) == 2
+    # A crash at any write leaves files that fit.
+    written: list[str] = []
+    real = certs.write_durably
+
+    def crash(path: Any, data: Any, *more: Any) -> None:
+        written.append(str(path))
+        if len(written) % 3 == crashing:
+            raise OSError("power cut")
+        real(path, data, *more)
+
+    monkeypatch.setattr(certs, "write_durably", crash)
+    crashing = 0
+    for turn in (1, 2, 0):
+        crashing = turn
+        written.clear()
+        with pytest.raises(OSError, match="power cut"):
+            certs.save(tmp_path, CA.cert_pem, pairs[3].cert_pem, pairs[3].key_pem)
+        assert certs.same_key(*read(tmp_path)[1:])
+
+
+def test_who_signed_it() -> None:
+    other = certs.create_ca("lagoon", number=2)
+    pair = certs.issue(CA, "node", NODE_ID, "node1", now=1_700_000_000.0)
+    assert certs.issued_by(pair.cert_pem, CA.cert_pem)
+    assert not certs.issued_by(pair.cert_pem, other.cert_pem)
+    assert not certs.issued_by(pair.cert_pem, certs.create_ca("lagoon").cert_pem)  # same name, another key
+    assert certs.issued(pair.cert_pem) == 1_700_000_000.0
+    assert certs.expires(pair.cert_pem) == 1_700_000_000.0 + certs.DAYS * 86400
+    assert certs.split(CA.cert_pem + other.cert_pem) == [CA.cert_pem, other.cert_pem]

@@ -14,6 +14,7 @@ from atoll.model.objects import Node
 from atoll.rpc.https import HttpsTransport
 from atoll.runtime import certs
 from atoll.runtime.httpserver import listening
+from atoll.runtime.tls import fresh_client
 
 
 class Service:
@@ -38,7 +39,7 @@ async def ask(tmp_path: Path, answer: Any) -> tuple[Any, list[Progress]]:
     app = create_app(Service(answer))  # type: ignore[arg-type]
     async with listening(app, host="127.0.0.1", port=0, tls_dir=tmp_path / "node", need_certificate=True) as port:
         assert port is not None
-        transport = HttpsTransport(lambda: certs.client_context(tmp_path / "master"))
+        transport = HttpsTransport(fresh_client(tmp_path / "master"))
         try:
             node = Node(id="node-1", name="node1", group="g", address="127.0.0.1", port=port)
             return await transport.call(node, Call(term=1, method="m"), seen.append), seen

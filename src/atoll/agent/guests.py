@@ -23,9 +23,7 @@ RETRY = 1.0
 class GuestOrders:
     """Handlers of ``guest.*`` and ``claim.*``."""
 
-    def __init__(
-        self, hypervisor: Hypervisor, memory: Memory, attachments: Attachments, storage: StorageAccess, contact: Contact
-    ) -> None:
+    def __init__(self, hypervisor: Hypervisor, memory: Memory, attachments: Attachments, storage: StorageAccess, contact: Contact) -> None:
         self._hypervisor, self._memory, self._attachments, self._storage = hypervisor, memory, attachments, storage
         self._contact = contact
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)

@@ -11,7 +11,7 @@ import aiohttp
 
 from atoll.agent.hostsetup import settle_in
 from atoll.model.errors import AtollError, InvalidInput, TokenInvalid, Unreachable, all_errors
-from atoll.runtime import certs
+from atoll.runtime import certs, tls
 from atoll.runtime.config import Config, dump, load
 from atoll.runtime.files import write_durably
 
@@ -54,7 +54,7 @@ def join(master_url: str, name: str, address: str, token: str, config: Path, ove
 
 
 async def _ask(host: str, port: int, fingerprint: str, body: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    context, ca = await certs.pinned_context(host, port, fingerprint)
+    context, ca = await tls.pinned_context(host, port, fingerprint)
     url = f"https://{f'[{host}]' if ':' in host else host}:{port}/agent/v1/join"
     try:
         async with (

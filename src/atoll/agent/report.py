@@ -16,8 +16,8 @@ from atoll.agent.memory import Memory
 from atoll.hypervisor.contract import Hypervisor
 from atoll.model.errors import AtollError
 from atoll.model.messages import NodeReport
-from atoll.runtime import certs
 from atoll.runtime.config import Config
+from atoll.runtime.tls import fresh_client
 from atoll.storage.contract import StorageAccess
 
 log = structlog.get_logger()
@@ -67,21 +67,24 @@ class Reporter:
 
     async def send(self, config: Config) -> None:
         """Report to every master, for ever; a master that does not answer is tried again at the next beat."""
-        connector = aiohttp.TCPConnector(ssl=certs.client_context(config.tls_dir), limit=0)
-        async with aiohttp.ClientSession(connector=connector) as session:
-            silent: set[str] = set()
-            while True:
-                self._news.clear()
-                try:
-                    body = (await self.make()).model_dump_json()
-                    for url in config.masters:
-                        await self._post(session, url, body, silent)
-                except AtollError as error:
-                    log.warning("no report", error=error.message)
-                try:
-                    await asyncio.wait_for(self._news.wait(), config.heartbeat)
-                except TimeoutError:
-                    continue
+        silent: set[str] = set()
+        context = fresh_client(config.tls_dir)
+        while True:
+            # A connection keeps the certificate with which it began: with a new one comes a new connection.
+            version = context.refresh()
+            async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context, limit=0)) as session:
+                while context.refresh() == version:
+                    self._news.clear()
+                    try:
+                        body = (await self.make()).model_dump_json()
+                        for url in config.masters:
+                            await self._post(session, url, body, silent)
+                    except AtollError as error:
+                        log.warning("no report", error=error.message)
+                    try:
+                        await asyncio.wait_for(self._news.wait(), config.heartbeat)
+                    except TimeoutError:
+                        continue
 
     async def _post(self, session: aiohttp.ClientSession, url: str, body: str, silent: set[str]) -> None:
         sent = self._contact.now()

@@ -30,10 +30,13 @@ def create_app(service: Service) -> Starlette:
         identity = certs.identity(request.scope.get("state", {}).get("peer"))
         if identity is None or identity.role != "master":
             return _refuse(Forbidden("agents obey masters only", hint="use the REST API of the master"))
-        if int(request.headers.get("content-length") or 0) > LIMIT:
-            return _refuse(RequestTooLarge(f"an order has at most {LIMIT} bytes"))
+        body = b""
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > LIMIT:
+                return _refuse(RequestTooLarge(f"an order has at most {LIMIT} bytes"))
         try:
-            order = Call.model_validate_json(await request.body())
+            order = Call.model_validate_json(body)
         except ValidationError as error:
             return _refuse(MalformedRequest(f"not an order: {error.errors()[0]['msg']}"))
         return StreamingResponse(_answer(service, order), media_type="application/x-ndjson")

@@ -16,12 +16,12 @@ from atoll.master.setup import store_dir
 from atoll.model.errors import AtollError, InvalidInput
 from atoll.model.objects import Cluster
 from atoll.rpc.https import HttpsTransport
-from atoll.runtime import certs
 from atoll.runtime.clock import SystemClock
 from atoll.runtime.config import Config, load
 from atoll.runtime.httpserver import listening
 from atoll.runtime.logs import configure
 from atoll.runtime.systemd import notify_ready
+from atoll.runtime.tls import fresh_client
 from atoll.store.cache import LeaderStore
 from atoll.store.sqlite import SqliteStore
 
@@ -37,7 +37,7 @@ async def run(config: Config) -> None:
     if leading.get(Cluster, "cluster") is None:
         await store.close()
         raise InvalidInput("the cluster was not made completely", hint="atoll cluster init NAME, again")
-    transport = HttpsTransport(lambda: certs.client_context(config.master_tls_dir))
+    transport = HttpsTransport(fresh_client(config.master_tls_dir))
     leader = MasterLeader(leading, transport, SystemClock(), admission=Admission.load(config.master_tls_dir, config.masters))
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

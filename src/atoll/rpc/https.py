@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
@@ -18,6 +19,7 @@ from atoll.model.errors import AtollError, DeadlineExceeded, Unreachable, from_w
 from atoll.model.messages import Call, Progress
 from atoll.model.objects import Node
 from atoll.rpc.contract import Report
+from atoll.runtime.tls import FreshContext
 
 #: Seconds to connect; and seconds beyond an order's deadline after which its answer is no longer waited for.
 CONNECT, SLACK = 3.0, 2.0
@@ -25,18 +27,36 @@ CONNECT, SLACK = 3.0, 2.0
 PULSE, SILENT = 2.0, 10.0
 
 
+class _Session:
+    """Connections that began with one certificate, and how many orders use them."""
+
+    def __init__(self, client: aiohttp.ClientSession, version: int) -> None:
+        self.client, self.version, self.users = client, version, 0
+
+
 class HttpsTransport:
-    """Keeps connections to agents open. ``context`` gives the TLS context, anew for each session, so that certificates renew."""
+    """Keeps connections to agents open. When ``context`` has a new certificate, orders go over new connections; those under way keep
+    theirs until they end."""
 
-    def __init__(self, context: Callable[[], ssl.SSLContext]) -> None:
+    def __init__(self, context: FreshContext) -> None:
         self._context = context
-        self._session: aiohttp.ClientSession | None = None
+        self._sessions: list[_Session] = []
 
-    def _client(self) -> aiohttp.ClientSession:
-        if self._session is None or self._session.closed:
-            connector = aiohttp.TCPConnector(ssl=self._context(), limit=0, limit_per_host=0, keepalive_timeout=30)
-            self._session = aiohttp.ClientSession(connector=connector)
-        return self._session
+    @asynccontextmanager
+    async def _client(self) -> AsyncIterator[aiohttp.ClientSession]:
+        version = self._context.refresh()
+        if not self._sessions or self._sessions[-1].version != version:
+            connector = aiohttp.TCPConnector(ssl=self._context, limit=0, limit_per_host=0, keepalive_timeout=30)
+            self._sessions.append(_Session(aiohttp.ClientSession(connector=connector), version))
+        session = self._sessions[-1]
+        session.users += 1
+        try:
+            yield session.client
+        finally:
+            session.users -= 1
+            for old in [old for old in self._sessions[:-1] if not old.users]:
+                self._sessions.remove(old)
+                await old.client.close()
 
     async def call(self, node: Node, call: Call, report: Report) -> Any:
         """See ``Transport``."""
@@ -45,9 +65,16 @@ class HttpsTransport:
         timeout = aiohttp.ClientTimeout(total=call.deadline + SLACK, sock_connect=CONNECT, sock_read=SILENT)
         try:
             # The agent's certificate must be this node's, not only some node's of the cluster.
-            async with self._client().post(
-                url, data=call.model_dump_json(), timeout=timeout, server_hostname=node.name, headers={"Content-Type": "application/json"}
-            ) as answer:
+            async with (
+                self._client() as client,
+                client.post(
+                    url,
+                    data=call.model_dump_json(),
+                    timeout=timeout,
+                    server_hostname=node.name,
+                    headers={"Content-Type": "application/json"},
+                ) as answer,
+            ):
                 async for line in _lines_of(answer.content):
                     message = json.loads(line)
                     if "progress" in message:
@@ -66,8 +93,8 @@ class HttpsTransport:
 
     async def close(self) -> None:
         """See ``Transport``."""
-        if self._session is not None:
-            await self._session.close()
+        for session in self._sessions:
+            await session.client.close()
 
 
 async def _lines_of(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import datetime
-import hashlib
 import ipaddress
+import os
 import re
+import secrets
+import shutil
 import ssl
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,17 +15,22 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from atoll.model.errors import InvalidInput, Unauthenticated, Unreachable
-from atoll.runtime.files import write_durably
+from atoll.model.errors import HostError, InvalidInput
+from atoll.runtime.files import fsync_dir, write_durably
 
 Role = Literal["master", "node"]
 _URI = re.compile(r"atoll://(master|node)/([A-Za-z0-9._-]+)")
+#: Days for which certificates of nodes and masters, and of the CA itself, are good.
+DAYS, CA_DAYS = 365, 3650
 #: Clocks of two nodes may differ by so much.
 _SKEW = datetime.timedelta(hours=1)
+FILES = ("ca.pem", "cert.pem", "key.pem")
+_PEM = re.compile(r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----\n?", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,23 +43,28 @@ class KeyPair:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Whom a verified certificate names. ``serial`` is lower-case hex, as ``serial()`` gives it."""
+    """Whom a verified certificate names. ``serial`` is lower-case hex, as ``serial()`` gives it; ``issued`` in seconds since 1970."""
 
     role: Role
     id: str
     name: str
     serial: str
+    issued: float = 0.0
 
 
 # --- making ---
 
 
-def create_ca(cluster_name: str, days: int = 3650) -> KeyPair:
-    """A new self-signed certificate authority; its key belongs on masters only (0600)."""
+def create_ca(cluster_name: str, days: int = CA_DAYS, now: float | None = None, number: int = 1) -> KeyPair:
+    """A new self-signed certificate authority; its key belongs on masters only (0600).
+
+    ``now``: seconds since 1970, default the host's clock. ``number`` tells it from the CAs before it: programs that look for an issuer by
+    name alone must not take one for the other.
+    """
     key = ec.generate_private_key(ec.SECP256R1())
-    subject = _common_name(f"Atoll CA of {cluster_name}"[:64])
+    subject = _common_name(f"Atoll CA{f' {number}' if number > 1 else ''} of {cluster_name}"[:64])
     cert = (
-        _builder(subject, subject, key.public_key(), days)
+        _builder(subject, subject, key.public_key(), days, now)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(key_cert_sign=True, crl_sign=True), critical=True)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False)
@@ -62,10 +73,12 @@ def create_ca(cluster_name: str, days: int = 3650) -> KeyPair:
     return KeyPair(_pem(cert), _key_pem(key))
 
 
-def issue(ca: KeyPair, role: Role, id: str, name: str, addresses: Iterable[str] = (), days: int = 365) -> KeyPair:
+def issue(
+    ca: KeyPair, role: Role, id: str, name: str, addresses: Iterable[str] = (), days: int = DAYS, now: float | None = None
+) -> KeyPair:
     """A key and a certificate for a master or node. ``addresses`` are IP addresses or DNS names by which others reach it."""
     key = ec.generate_private_key(ec.SECP256R1())
-    return KeyPair(_sign(ca, key.public_key(), role, id, name, addresses, days), _key_pem(key))
+    return KeyPair(_sign(ca, key.public_key(), role, id, name, addresses, days, now), _key_pem(key))
 
 
 def make_key_and_csr(name: str, addresses: Iterable[str] = (), key_pem: str | None = None) -> tuple[str, str]:
@@ -80,7 +93,9 @@ def make_key_and_csr(name: str, addresses: Iterable[str] = (), key_pem: str | No
     return _key_pem(key), csr.public_bytes(serialization.Encoding.PEM).decode()
 
 
-def sign_csr(ca: KeyPair, csr_pem: str, role: Role, id: str, name: str, addresses: Iterable[str] = (), days: int = 365) -> str:
+def sign_csr(
+    ca: KeyPair, csr_pem: str, role: Role, id: str, name: str, addresses: Iterable[str] = (), days: int = DAYS, now: float | None = None
+) -> str:
     """A certificate (PEM) for the request's key. All it says comes from the arguments: what the request asks to be called is ignored.
 
     Errors: InvalidInput when the request is not one, or its key is not on P-256.
@@ -93,16 +108,58 @@ def sign_csr(ca: KeyPair, csr_pem: str, role: Role, id: str, name: str, addresse
         raise InvalidInput(f"this is not a certificate request: {error}", hint="atoll node join") from None
     if not valid or not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise InvalidInput("the certificate request is not signed by a P-256 key of its own", hint="atoll node join")
-    return _sign(ca, key, role, id, name, addresses, days)
+    return _sign(ca, key, role, id, name, addresses, days, now)
 
 
 def save(tls_dir: Path, ca_pem: str, cert_pem: str, key_pem: str | None = None) -> None:
-    """Write ``ca.pem``, ``cert.pem`` and ``key.pem`` (all 0600, the directory 0700), durably. A renewal keeps the key: None."""
+    """Put ``ca.pem``, ``cert.pem`` and ``key.pem`` (all 0600, the directory 0700) in place of what is there, durably and all at once.
+
+    The three lie in a directory of their own, to which the link ``current`` points; what was there before stays beside it once, for who
+    has just looked. ``key_pem`` None keeps the key. Errors: HostError.
+    """
     tls_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if key_pem is not None:
-        write_durably(tls_dir / "key.pem", key_pem)
-    write_durably(tls_dir / "ca.pem", ca_pem)
-    write_durably(tls_dir / "cert.pem", cert_pem)
+    before = current(tls_dir)
+    data = dict(zip(FILES, (ca_pem, cert_pem, key_pem if key_pem is not None else (before / "key.pem").read_text()), strict=True))
+    if before == tls_dir and any((tls_dir / name).is_file() for name in FILES):
+        # Files of their own, as people put them there: first they become links to the same content.
+        kept = {name: (tls_dir / name).read_text() for name in FILES if (tls_dir / name).is_file()}
+        _generation(tls_dir, kept)
+    place = _generation(tls_dir, data)
+    for old in tls_dir.iterdir():
+        if old.is_dir() and not old.is_symlink() and old.name.isdigit() and old.name not in (place.name, before.name):
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _generation(tls_dir: Path, data: Mapping[str, str]) -> Path:
+    """A new directory with these files, and the links to it."""
+    number = max((int(entry.name) for entry in tls_dir.iterdir() if entry.name.isdigit()), default=0) + 1
+    place = tls_dir / str(number)
+    place.mkdir(mode=0o700)
+    for name, text in data.items():
+        write_durably(place / name, text)
+    _link(tls_dir / "current", str(number))
+    for name in data:
+        if not (tls_dir / name).is_symlink():
+            _link(tls_dir / name, f"current/{name}")
+    return place
+
+
+def _link(path: Path, to: str) -> None:
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        os.symlink(to, partial)
+        partial.replace(path)
+    except OSError as error:
+        raise HostError(f"cannot write {path}: {error.strerror}") from None
+    fsync_dir(path.parent)
+
+
+def current(tls_dir: Path) -> Path:
+    """The directory whose files belong together now. Who reads several of them asks once: they may be replaced meanwhile."""
+    try:
+        return tls_dir / os.readlink(tls_dir / "current")
+    except OSError:
+        return tls_dir
 
 
 # --- reading ---
@@ -124,6 +181,34 @@ def expires(cert_pem: str) -> float:
     return _load(cert_pem).not_valid_after.replace(tzinfo=datetime.UTC).timestamp()
 
 
+def issued(cert_pem: str) -> float:
+    """When the certificate was made, in seconds since 1970."""
+    return _load(cert_pem).not_valid_before.replace(tzinfo=datetime.UTC).timestamp() + _SKEW.total_seconds()
+
+
+def split(bundle: str) -> list[str]:
+    """The certificates of a file with several."""
+    return _PEM.findall(bundle)
+
+
+def same_key(cert_pem: str, key_pem: str) -> bool:
+    """Whether the certificate is for this private key."""
+    return _load(cert_pem).public_key().public_numbers() == _load_key(key_pem).public_key().public_numbers()  # type: ignore[union-attr]
+
+
+def issued_by(cert_pem: str, ca_pem: str) -> bool:
+    """Whether this CA (its first certificate) signed the certificate; its dates are not looked at."""
+    cert, ca = _load(cert_pem), _load(ca_pem)
+    key = ca.public_key()
+    if cert.issuer != ca.subject or not isinstance(key, ec.EllipticCurvePublicKey) or cert.signature_hash_algorithm is None:
+        return False
+    try:
+        key.verify(cert.signature, cert.tbs_certificate_bytes, ec.ECDSA(cert.signature_hash_algorithm))
+    except InvalidSignature:
+        return False
+    return True
+
+
 def identity(peercert: Mapping[str, Any] | None) -> Identity | None:
     """Who the peer is, by ``getpeercert()`` of a verified connection. None: no certificate, or not one of a master or node."""
     if not peercert:
@@ -133,79 +218,23 @@ def identity(peercert: Mapping[str, Any] | None) -> Identity | None:
     found = _URI.fullmatch(uris[0]) if len(uris) == 1 else None
     if found is None or len(names) != 1:
         return None
-    return Identity(cast(Role, found[1]), found[2], names[0], f"{int(peercert['serialNumber'], 16):x}")
-
-
-# --- using ---
-
-
-def server_context(tls_dir: Path, optional_client: bool = False) -> ssl.SSLContext:
-    """TLS for a server. Clients must show a certificate of the cluster; with ``optional_client`` they may show none."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    # Agents talk to Atoll only. The API also serves other people's clients, and some know no TLS 1.3.
-    context.minimum_version = ssl.TLSVersion.TLSv1_2 if optional_client else ssl.TLSVersion.TLSv1_3
-    context.verify_mode = ssl.CERT_OPTIONAL if optional_client else ssl.CERT_REQUIRED
-    context.load_verify_locations(cafile=tls_dir / "ca.pem")
-    context.load_cert_chain(tls_dir / "cert.pem", tls_dir / "key.pem")
-    return context
-
-
-def client_context(tls_dir: Path, certificate: bool = True) -> ssl.SSLContext:
-    """TLS for a client of the cluster's servers; shows this node's certificate unless told not to."""
-    context = _verifying((tls_dir / "ca.pem").read_text())
-    if certificate:
-        context.load_cert_chain(tls_dir / "cert.pem", tls_dir / "key.pem")
-    return context
-
-
-async def pinned_context(host: str, port: int, fingerprint: str, deadline: float = 10.0) -> tuple[ssl.SSLContext, str]:
-    """For joining: a context that verifies with the CA of this fingerprint, and that CA's certificate (PEM).
-
-    A first connection, over which nothing is sent, only reads the server's chain. Errors: Unauthenticated when the CA is not in it;
-    Unreachable.
-    """
-    wanted = fingerprint.replace(":", "").strip().lower()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    try:
-        async with asyncio.timeout(deadline):
-            _, writer = await asyncio.open_connection(host, port, ssl=context)
-            try:
-                chain = _chain(writer.get_extra_info("ssl_object"))
-            finally:
-                writer.transport.abort()
-    except TimeoutError:
-        raise Unreachable(f"{host}:{port} did not answer within {deadline:g} s", hint="check the address of the master") from None
-    except (OSError, ssl.SSLError) as error:
-        raise Unreachable(f"cannot connect to {host}:{port}: {error}", hint="check the address of the master") from None
-    for der in chain:
-        if hashlib.sha256(der).hexdigest() == wanted:
-            ca_pem = ssl.DER_cert_to_PEM_cert(der)
-            return _verifying(ca_pem), ca_pem
-    raise Unauthenticated(
-        f"the server at {host}:{port} does not belong to the cluster of this join token", hint="check the address; atoll node token NAME"
-    )
-
-
-def _verifying(ca_pem: str) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_verify_locations(cadata=ca_pem)
-    return context
-
-
-def _chain(connection: Any) -> list[bytes]:
-    """The certificates that the server sent, DER."""
-    if hasattr(connection, "get_unverified_chain"):
-        return list(connection.get_unverified_chain())
-    # Public only since Python 3.13; 1 is DER.
-    return [cert.public_bytes(2) for cert in connection._sslobj.get_unverified_chain()]
+    begins = ssl.cert_time_to_seconds(peercert["notBefore"]) + _SKEW.total_seconds()
+    return Identity(cast(Role, found[1]), found[2], names[0], f"{int(peercert['serialNumber'], 16):x}", begins)
 
 
 # --- parts ---
 
 
-def _sign(ca: KeyPair, key: ec.EllipticCurvePublicKey, role: Role, ident: str, name: str, addresses: Iterable[str], days: int) -> str:
+def _sign(
+    ca: KeyPair,
+    key: ec.EllipticCurvePublicKey,
+    role: Role,
+    ident: str,
+    name: str,
+    addresses: Iterable[str],
+    days: int,
+    now: float | None = None,
+) -> str:
     uri = f"atoll://{role}/{ident}"
     if not _URI.fullmatch(uri):
         raise InvalidInput(f"{uri} is not a role and an id", hint="")
@@ -213,7 +242,7 @@ def _sign(ca: KeyPair, key: ec.EllipticCurvePublicKey, role: Role, ident: str, n
     local = ["localhost", "127.0.0.1"] if role == "master" else []
     names: list[x509.GeneralName] = [_general_name(text) for text in _unique([name, *addresses, *local])]
     cert = (
-        _builder(_common_name(name), issuer.subject, key, days)
+        _builder(_common_name(name), issuer.subject, key, days, now)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         # Older releases of QEMU ask for keyEncipherment too, although ECDHE never uses it.
         .add_extension(_usage(digital_signature=True, key_encipherment=True), critical=True)
@@ -225,8 +254,10 @@ def _sign(ca: KeyPair, key: ec.EllipticCurvePublicKey, role: Role, ident: str, n
     return _pem(cert)
 
 
-def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int) -> x509.CertificateBuilder:
-    now = datetime.datetime.now(datetime.UTC)
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int, at: float | None = None
+) -> x509.CertificateBuilder:
+    now = datetime.datetime.now(datetime.UTC) if at is None else datetime.datetime.fromtimestamp(at, datetime.UTC)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)

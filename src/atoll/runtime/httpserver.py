@@ -1,4 +1,8 @@
-"""Serves an ASGI app on a Unix socket and over HTTPS, in the running event loop. Masters and agents use it alike."""
+"""Serves an ASGI app on a Unix socket and over HTTPS, in the running event loop. Masters and agents use it alike.
+
+New certificates are used by the next connection, without a restart (``runtime.tls``); what clients may take is bounded
+(``runtime.httplimits``).
+"""
 
 from __future__ import annotations
 
@@ -13,23 +17,81 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from atoll.model.errors import HostError
+from atoll.runtime.httplimits import BoundedListener, Limits
+from atoll.runtime.tls import FreshContext, fresh_server
 
 #: Seconds that running requests have when the server stops; long polls are cut after that.
 GRACE = 3
+#: Seconds between looks at the certificate's files. New connections look by themselves; this closes idle ones that began with old files.
+LOOK = 5.0
 
 
 class PeerProtocol(H11Protocol):
-    """HTTP/1.1 that tells the app who the peer is: ``scope["state"]["peer"]`` (certificate) and ``["uid"]`` (Unix socket)."""
+    """HTTP/1.1 that tells the app who the peer is: ``scope["state"]["peer"]`` (certificate) and ``["uid"]`` (Unix socket).
+
+    Hangs up on clients that take too long to say what they want, and on those that open connections and say nothing.
+    """
+
+    limits = Limits()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         tls = transport.get_extra_info("ssl_object")
         # A dictionary of its own per connection: uvicorn copies it into the scope of each request.
         self.app_state = {**self.app_state, "peer": tls.getpeercert() if tls else None, "uid": _peer_uid(transport)}
+        self._timer: asyncio.TimerHandle | None = None
+        self._waits_for = ""
+        self._expect("head", self.limits.head)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._expect("", 0.0)
+        super().connection_lost(exc)
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self.transport.is_closing() or self.conn.their_state is h11.ERROR:
+            return
+        if self.conn.their_state is h11.SEND_BODY:
+            self._expect("body", self.limits.request)
+        elif self.conn.their_state is h11.IDLE and (self.conn.trailing_data[0] or not self.cycle):
+            self._expect("head", self.limits.head)
+        elif self.conn.their_state is h11.IDLE:
+            self._expect("anything", self.limits.idle)
+        else:
+            # What comes next is ours to do.
+            self._expect("", 0.0)
+
+    def _expect(self, what: str, seconds: float) -> None:
+        """The client has so long for ``what``; the clock goes on while the same is expected."""
+        if what == self._waits_for:
+            return
+        self._waits_for = what
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_later(seconds, self._too_slow) if what else None
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._expect("reading", self.limits.request)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._expect("", 0.0)
+
+    def _too_slow(self) -> None:
+        # Not close(): that would wait for a client that reads nothing.
+        self.transport.abort()
+
+    def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
 
 
 def _peer_uid(transport: asyncio.Transport) -> int | None:
@@ -41,11 +103,42 @@ def _peer_uid(transport: asyncio.Transport) -> int | None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: the daemon has its own."""
+    """uvicorn on one socket, without its signal handlers: the daemon has its own. ``context``: TLS; None: none."""
+
+    def __init__(self, config: uvicorn.Config, context: FreshContext | None, limits: Limits) -> None:
+        super().__init__(config)
+        self._context, self._limits = context, limits
+        self._protocol = type("Protocol", (PeerProtocol,), {"limits": limits})
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, with a bound for the handshake."""
+
+        def protocol() -> asyncio.Protocol:
+            made: asyncio.Protocol = self._protocol(config=self.config, server_state=self.server_state, app_state={})
+            return made
+
+        loop = asyncio.get_running_loop()
+        handshake = self._limits.handshake if self._context else None
+        self.servers = [
+            await loop.create_server(protocol, sock=sock, ssl=self._context, backlog=256, ssl_handshake_timeout=handshake)
+            for sock in sockets or []
+        ]
+        self.started = True
+
+    async def follow(self) -> None:
+        """For ever: let connections that began with an old certificate end once they are idle."""
+        assert self._context is not None
+        known = self._context.version
+        while True:
+            await asyncio.sleep(LOOK)
+            if self._context.refresh() != known:
+                known = self._context.version
+                for connection in list(self.server_state.connections):
+                    connection.shutdown()
 
 
 def unix_listener(path: Path) -> socket.socket:
@@ -84,10 +177,10 @@ def _refuse_living(path: Path) -> None:
     raise HostError(f"another process listens on {path}", hint="stop the other master first")
 
 
-def tcp_listener(host: str, port: int) -> socket.socket:
+def tcp_listener(host: str, port: int, limits: Limits) -> BoundedListener:
     """A listening TCP socket. Errors: HostError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock = BoundedListener(family, socket.SOCK_STREAM).bound(limits)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
@@ -98,15 +191,7 @@ def tcp_listener(host: str, port: int) -> socket.socket:
     return sock
 
 
-def _config(app: Any, tls_dir: Path | None, need_certificate: bool) -> uvicorn.Config:
-    tls: dict[str, Any] = {}
-    if tls_dir is not None:
-        tls = {
-            "ssl_keyfile": str(tls_dir / "key.pem"),
-            "ssl_certfile": str(tls_dir / "cert.pem"),
-            "ssl_ca_certs": str(tls_dir / "ca.pem"),
-            "ssl_cert_reqs": ssl.CERT_REQUIRED if need_certificate else ssl.CERT_OPTIONAL,
-        }
+def _config(app: Any, limits: Limits) -> uvicorn.Config:
     config = uvicorn.Config(
         app,
         http=PeerProtocol,
@@ -117,12 +202,10 @@ def _config(app: Any, tls_dir: Path | None, need_certificate: bool) -> uvicorn.C
         server_header=False,
         proxy_headers=False,
         timeout_graceful_shutdown=GRACE,
-        timeout_keep_alive=75,
-        **tls,
+        timeout_keep_alive=int(limits.idle),
+        h11_max_incomplete_event_size=limits.head_bytes,
     )
     config.load()
-    if config.ssl is not None:
-        config.ssl.minimum_version = ssl.TLSVersion.TLSv1_3
     return config
 
 
@@ -135,13 +218,16 @@ async def listening(
     port: int | None = None,
     tls_dir: Path | None = None,
     need_certificate: bool = False,
+    limits: Limits = Limits(),
 ) -> AsyncIterator[int | None]:
     """Serve while the block runs; when it starts, connections are accepted. Gives the TCP port (useful with port 0).
 
-    HTTPS needs ``host``, ``port`` and ``tls_dir`` (``ca.pem``, ``cert.pem``, ``key.pem``). Errors: HostError.
+    HTTPS needs ``host``, ``port`` and ``tls_dir`` (``ca.pem``, ``cert.pem``, ``key.pem``); files that are replaced later are taken up by
+    new connections, and idle ones that are older are closed. Errors: HostError.
     """
     listeners: list[tuple[socket.socket, Path | None]] = []
     tasks: list[asyncio.Task[None]] = []
+    follows: list[asyncio.Task[None]] = []
     servers: list[_Server] = []
     bound = None
     try:
@@ -150,21 +236,26 @@ async def listening(
         if host is not None and port is not None:
             if tls_dir is None:
                 raise HostError("HTTPS needs a directory with certificates")
-            listeners.append((tcp_listener(host, port), tls_dir))
+            listeners.append((tcp_listener(host, port, limits), tls_dir))
             bound = int(listeners[-1][0].getsockname()[1])
         for sock, tls in listeners:
             try:
-                server = _Server(_config(app, tls, need_certificate))
+                context = fresh_server(tls, optional_client=not need_certificate) if tls else None
             except (OSError, ssl.SSLError) as error:
                 raise HostError(f"the certificates in {tls} cannot be used: {error}") from error
+            server = _Server(_config(app, limits), context, limits)
             servers.append(server)
             tasks.append(asyncio.create_task(server.serve(sockets=[sock]), name="rest"))
+            if context is not None:
+                follows.append(asyncio.create_task(server.follow(), name="certificates"))
         while not all(server.started for server in servers):
             done, _ = await asyncio.wait(tasks, timeout=0.01, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         yield bound
     finally:
+        for follow in follows:
+            follow.cancel()
         for server in servers:
             server.should_exit = True
         if tasks:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from atoll.model.errors import DeadlineExceeded, HostError
 from atoll.model.messages import Progress
+from atoll.runtime.certs import current
 
 _NAMES = {
     "ca-cert.pem": "ca.pem",
@@ -44,8 +45,10 @@ def credentials(tls_dir: Path, private: Path) -> Path:
         )
     shutil.rmtree(private, ignore_errors=True)
     private.mkdir(parents=True, mode=0o700)
+    # Looked up once: a renewal may replace all three meanwhile.
+    place = current(tls_dir).absolute()
     for name, source in _NAMES.items():
-        (private / name).symlink_to((tls_dir / source).absolute())
+        (private / name).symlink_to(place / source)
     return private
 
 

@@ -15,6 +15,7 @@ from typing import Literal
 from atoll.hypervisor.qemu.files import Account, GuestFiles
 from atoll.hypervisor.qemu.qmp import Refused, Session
 from atoll.model.errors import HostError
+from atoll.runtime.certs import current
 
 CREDENTIALS = "migration-tls"
 PEER = "migration-peer"
@@ -67,10 +68,12 @@ def _copies(files: GuestFiles, tls_dir: Path, owner: Account | None) -> Iterator
 
 
 def _copy(tls_dir: Path, place: Path, owner: Account | None) -> None:
+    # Looked up once: a renewal may replace all three meanwhile.
+    source = current(tls_dir)
     try:
         place.mkdir(mode=0o700)
         for name, copies in _NAMES.items():
-            data = (tls_dir / name).read_bytes()
+            data = (source / name).read_bytes()
             for copy in copies:
                 handle = os.open(place / copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400)
                 with open(handle, "wb") as file:
