@@ -39,6 +39,10 @@ class Contact:
         self._memory.see_term(term)
         self._answered, self._dead = sent, dead
 
+    def silence(self) -> float | None:
+        """Seconds since the last report that a master has answered; None = none since this agent began."""
+        return None if self._answered is None else self.now() - self._answered
+
     def check(self, what: str) -> None:
         """Refuse to begin something. Errors: Unreachable (the master repeats the order)."""
         if self._answered is None:

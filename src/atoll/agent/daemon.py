@@ -13,6 +13,7 @@ from atoll.agent.copying import CopyOrders
 from atoll.agent.memory import Memory, open_database
 from atoll.agent.node import Agent
 from atoll.agent.server import create_app
+from atoll.agent.standby import StandbyOrders
 from atoll.hypervisor.contract import Hypervisor
 from atoll.model.errors import AtollError, InvalidInput
 from atoll.runtime.config import Config, load
@@ -49,7 +50,9 @@ async def run(config: Config) -> None:
     storage = StorageHost(guest_user=config.guest_user)
     memory = Memory(open_database(config.state_dir / "agent.db"))
     copying = CopyOrders(storage, config.tls_dir, config.run_dir, config.address)
-    agent = Agent(config.node, make_hypervisor(config), storage, memory, config.run_dir, copying.handlers())
+    standby = StandbyOrders.of(config)
+    hypervisor = make_hypervisor(config)
+    agent = Agent(config.node, hypervisor, storage, memory, config.run_dir, copying.handlers(), standby=standby)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

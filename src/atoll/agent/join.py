@@ -14,6 +14,7 @@ from atoll.model.errors import AtollError, InvalidInput, TokenInvalid, Unreachab
 from atoll.runtime import certs, tls
 from atoll.runtime.config import Config, dump, load
 from atoll.runtime.files import write_durably
+from atoll.runtime.masters import forget_masters
 
 
 def configured(path: Path, overrides: dict[str, str], **fields: Any) -> Config:
@@ -45,12 +46,24 @@ def join(master_url: str, name: str, address: str, token: str, config: Path, ove
     key, csr = certs.make_key_and_csr(name, [address])
     body = {"token": token.strip(), "name": name, "address": address, "port": settings.agent_port, "csr": csr}
     answer, ca = asyncio.run(_ask(where.hostname, where.port or 7770, fingerprint, body))
+    _forget_other_cluster(settings, ca)
     certs.save(settings.tls_dir, ca, answer["certificate"], key)
+    # Whom it followed in the cluster that it was in before.
+    forget_masters(settings.state_dir)
     masters = tuple(answer["masters"]) or (master_url,)
     final = settings.model_copy(update={"masters": masters, "hypervisor": answer["hypervisor"]})
     config.parent.mkdir(parents=True, exist_ok=True)
     write_durably(config, dump(final), 0o644)
     return settle_in(final, config, ("agent",))
+
+
+def _forget_other_cluster(config: Config, ca: str) -> None:
+    """Terms and jobs that this node remembers of another cluster would make it refuse this one's master, or tell it that it was deposed."""
+    known = config.tls_dir / "ca.pem"
+    if known.exists() and certs.fingerprint(known.read_text()) == certs.fingerprint(ca):
+        return
+    for name in ("agent.db", "agent.db-wal", "agent.db-shm"):
+        (config.state_dir / name).unlink(missing_ok=True)
 
 
 async def _ask(host: str, port: int, fingerprint: str, body: dict[str, Any]) -> tuple[dict[str, Any], str]:

@@ -14,6 +14,7 @@ from atoll.model.errors import StaleTerm
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS number (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS word (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS refused (instance TEXT PRIMARY KEY, generation INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS step (job INTEGER, step TEXT, state TEXT NOT NULL, result TEXT, PRIMARY KEY (job, step));
 """
@@ -38,6 +39,7 @@ class Memory:
         numbers = dict(database.execute("SELECT name, value FROM number").fetchall())
         self._term: int = numbers.get("term", 0)
         self._oldest: int = numbers.get("oldest_job", 0)
+        self._master: str = dict(database.execute("SELECT name, value FROM word").fetchall()).get("master", "")
 
     @property
     def term(self) -> int:
@@ -49,13 +51,21 @@ class Memory:
         """Orders of jobs with smaller numbers are late copies."""
         return self._oldest
 
-    def see_term(self, term: int) -> None:
-        """A master speaks. Errors: StaleTerm when a newer one has spoken before."""
+    def see_term(self, term: int, master: str = "") -> None:
+        """A master speaks. A term belongs to the first master (a node's id) that named it here: two candidates may choose the same number.
+
+        Errors: StaleTerm when a newer one has spoken before, or another with the same term.
+        """
         if term < self._term:
             raise StaleTerm(f"this master's term is {term}, but term {self._term} has begun")
-        if term > self._term:
+        if term == self._term and master and self._master and master != self._master:
+            raise StaleTerm(f"term {term} belongs to the master on {self._master}, not to the one on {master}")
+        if term > self._term or (master and not self._master):
+            self._db.execute("BEGIN IMMEDIATE")
             self._db.execute("INSERT OR REPLACE INTO number VALUES ('term', ?)", (term,))
-            self._term = term
+            self._db.execute("INSERT OR REPLACE INTO word VALUES ('master', ?)", (master,))
+            self._db.execute("COMMIT")
+            self._term, self._master = term, master
 
     def see_oldest_job(self, number: int) -> None:
         """Jobs before this one have ended: forget their steps, and refuse late copies of their orders from now on."""
@@ -70,6 +80,15 @@ class Memory:
         """The highest generation of the instance that this node promised to refuse; 0 = none."""
         row = self._db.execute("SELECT generation FROM refused WHERE instance = ?", (instance,)).fetchone()
         return int(row[0]) if row else 0
+
+    def all_refused(self) -> dict[str, int]:
+        """Instance -> the highest generation that this node promised to refuse."""
+        return {row[0]: int(row[1]) for row in self._db.execute("SELECT instance, generation FROM refused")}
+
+    def highest_job(self) -> int:
+        """The highest job number that this node has heard of; 0 = none."""
+        row = self._db.execute("SELECT max(job) FROM step").fetchone()
+        return max(int(row[0] or 0), self._oldest)
 
     def refuse(self, instance: str, generation: int) -> None:
         """Promise to refuse this generation of the instance and all before it."""

@@ -13,9 +13,10 @@ import structlog
 from atoll import __version__
 from atoll.agent.contact import Contact
 from atoll.agent.memory import Memory
+from atoll.agent.standby import StandbyOrders
 from atoll.hypervisor.contract import Hypervisor
 from atoll.model.errors import AtollError
-from atoll.model.messages import NodeReport
+from atoll.model.messages import NodeReport, ReplicaState
 from atoll.runtime.config import Config
 from atoll.runtime.tls import fresh_client
 from atoll.storage.contract import StorageAccess
@@ -35,9 +36,17 @@ def memory() -> tuple[int, int]:
 class Reporter:
     """Makes reports and sends them."""
 
-    def __init__(self, node: str, hypervisor: Hypervisor, remembered: Memory, storage: StorageAccess, contact: Contact) -> None:
+    def __init__(
+        self,
+        node: str,
+        hypervisor: Hypervisor,
+        remembered: Memory,
+        storage: StorageAccess,
+        contact: Contact,
+        standby: StandbyOrders | None = None,
+    ) -> None:
         self._node, self._hypervisor, self._memory, self._storage = node, hypervisor, remembered, storage
-        self._contact = contact
+        self._contact, self._standby = contact, standby
         self._accelerator = ""
         self._boot_id = ""
         self._news = asyncio.Event()
@@ -63,6 +72,7 @@ class Reporter:
             guests=await self._hypervisor.guests(),
             stalled_pools=self._storage.stalled(),
             accelerator=self._accelerator,
+            replica=self._standby.state if self._standby else ReplicaState(),
         )
 
     async def send(self, config: Config) -> None:
@@ -77,7 +87,7 @@ class Reporter:
                     self._news.clear()
                     try:
                         body = (await self.make()).model_dump_json()
-                        for url in config.masters:
+                        for url in self._standby.masters if self._standby else config.masters:
                             await self._post(session, url, body, silent)
                     except AtollError as error:
                         log.warning("no report", error=error.message)

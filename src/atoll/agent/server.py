@@ -39,6 +39,8 @@ def create_app(service: Service) -> Starlette:
             order = Call.model_validate_json(body)
         except ValidationError as error:
             return _refuse(MalformedRequest(f"not an order: {error.errors()[0]['msg']}"))
+        if order.master and order.master != identity.id:
+            return _refuse(Forbidden("this master speaks in the name of another", hint=""))
         return StreamingResponse(_answer(service, order), media_type="application/x-ndjson")
 
     return Starlette(routes=[Route("/call", call, methods=["POST"])])

@@ -20,6 +20,10 @@ log = structlog.get_logger()
 Handler = Callable[[dict[str, Any], Report], Awaitable[Any]]
 
 
+#: Questions that a master may put before it has a term: they change nothing.
+TIMELESS = frozenset({"recall"})
+
+
 class _Running:
     """A step that is being carried out: its task, and those who want to hear of its progress."""
 
@@ -45,7 +49,9 @@ class Service:
 
     async def handle(self, call: Call, report: Report) -> Any:
         """See ``AgentService.handle``."""
-        self.memory.see_term(call.term)
+        if call.method in TIMELESS and call.method in self._handlers:
+            return await self._bounded(asyncio.ensure_future(self._handlers[call.method](call.args, report)), call, keep=False)
+        self.memory.see_term(call.term, call.master)
         if call.method == "hello":
             self.memory.see_oldest_job(call.oldest_job)
             return self._hello().model_dump(mode="json")
@@ -63,8 +69,13 @@ class Service:
             return await self._undo(call, handler, report)
         return await self._do(call, handler, report)
 
+    @property
+    def running(self) -> list[tuple[int, str]]:
+        """The steps that are being carried out now: job and step."""
+        return sorted(self._running)
+
     def _hello(self) -> Hello:
-        return Hello(node=self.node, term=self.memory.term, running=sorted(self._running), version=__version__)
+        return Hello(node=self.node, term=self.memory.term, running=self.running, version=__version__)
 
     async def _do(self, call: Call, handler: Handler, report: Report) -> Any:
         name = (call.job, call.step)

@@ -120,6 +120,8 @@ class Client:
         hint = "run this as root on a master, or set ATOLL_MASTER, ATOLL_CA and ATOLL_TOKEN_FILE"
         if self._urls:
             hint = "see whether that master runs, and whether ATOLL_MASTER is right"
+        elif settings.followed():
+            hint = f"this node follows the master at {', '.join(settings.followed())}: type it there"
         return Unreachable(f"no master answers at {self.where}: {why}", hint=hint)
 
     def _next_master(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from importlib import import_module
 from pathlib import Path
@@ -10,16 +9,13 @@ from typing import Any
 
 import click
 
-from atoll.cli import tags, work
+from atoll.cli import masters, tags, work
 from atoll.cli.client import Client
 from atoll.cli.lazy import OrderedGroup
 from atoll.cli.options import format_option, job_options, pairs, split_words
 from atoll.cli.output import Style, duration, print_data, print_object
-from atoll.cli.settings import DEFAULT_CONFIG
+from atoll.cli.settings import config_option
 
-config_option = click.option(
-    "--config", metavar="PATH", default=lambda: os.environ.get("ATOLL_CONFIG") or DEFAULT_CONFIG, help="This node's configuration file."
-)
 set_option = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Write this key into the configuration.")
 
 
@@ -123,4 +119,6 @@ def token(name: str, role: str, format: str) -> None:
     click.echo("Next: keep it in a file with mode 600 and set ATOLL_TOKEN_FILE", err=True)
 
 
+for _command in masters.COMMANDS:
+    cluster.add_command(_command)
 tags.ours(cluster, "cluster")

@@ -64,11 +64,26 @@ NODES = Table(
         "guests": _column("Guests", "guests", "number"),
         "address": _column("Address", "address"),
         "roles": _column("Roles", "roles"),
+        "replica": _column("Copy of the store", "replica", if_any=True),
         "last_seen": _column("Last seen", "last_seen", "age"),
         "stalled": _column("Stalled pools", "stalled_pools", if_any=True),
         "held": HELD,
     },
-    ("name", "group", "state", "memory_total", "memory_free", "disk_total", "disk_free", "guests", "address", "roles", "stalled", "held"),
+    (
+        "name",
+        "group",
+        "state",
+        "memory_total",
+        "memory_free",
+        "disk_total",
+        "disk_free",
+        "guests",
+        "address",
+        "roles",
+        "replica",
+        "stalled",
+        "held",
+    ),
 )
 
 GROUPS = Table(

@@ -13,11 +13,12 @@ import click
 
 from atoll.cli import settings, tags, work
 from atoll.cli.client import Client
-from atoll.cli.cluster import config_option, set_option
+from atoll.cli.cluster import set_option
 from atoll.cli.lazy import OrderedGroup
 from atoll.cli.options import complete, confirm, force_option, format_option, job_options, on_node, pairs, target, unasked_option
 from atoll.cli.output import print_data
 from atoll.cli.reads import info_command, list_command
+from atoll.cli.settings import config_option
 from atoll.model.errors import HostError, InvalidInput
 
 #: Seconds for a node to join over ssh.
@@ -186,12 +187,13 @@ def declare_dead(target: str, force: bool, **options: Any) -> None:
 
 @node.command()
 @target("node")
+@click.option("--keys-are-lost", is_flag=True, help="A lost master candidate: it may still hold the keys of a master.")
 @force_option
 @job_options
-def remove(target: str, force: bool, **options: Any) -> None:
+def remove(target: str, keys_are_lost: bool, force: bool, **options: Any) -> None:
     """Take a node out of the cluster for good; its certificate is refused from then on."""
     confirm(f"Remove the node {target} from the cluster?", force or options["dry_run"])
-    work.run("node", "remove", target, {}, **options)
+    work.run("node", "remove", target, {"keys_are_lost": True} if keys_are_lost else {}, **options)
 
 
 tags.ours(node, "node")

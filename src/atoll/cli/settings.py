@@ -16,6 +16,10 @@ from atoll.model.errors import InvalidInput
 DEFAULT_CONFIG = "/etc/atoll/atoll.toml"
 DEFAULT_RUN_DIR = "/run/atoll"
 
+config_option = click.option(
+    "--config", metavar="PATH", default=lambda: os.environ.get("ATOLL_CONFIG") or DEFAULT_CONFIG, help="This node's configuration file."
+)
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -59,6 +63,19 @@ def masters() -> list[str]:
     if current().socket:
         return []
     return [url.strip().rstrip("/") for url in os.environ.get("ATOLL_MASTER", "").split(",") if url.strip()]
+
+
+def followed() -> list[str]:
+    """The masters that this node's agent reports to, if they are elsewhere; empty where nothing is known."""
+    here = local_config()
+    path = Path(str(here.get("state_dir", "/var/lib/atoll"))) / "masters.json"
+    try:
+        import json
+
+        urls = json.loads(path.read_text())["masters"]
+    except (OSError, ValueError, KeyError):
+        urls = here.get("masters", [])
+    return [str(url) for url in urls if f"//{here.get('address')}:{here.get('master_port', 7770)}" not in str(url)]
 
 
 def ca_file() -> str | None:

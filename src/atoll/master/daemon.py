@@ -12,7 +12,8 @@ import structlog
 from atoll.api.rest.app import create_app
 from atoll.master.admission import Admission
 from atoll.master.leader import MasterLeader
-from atoll.master.setup import store_dir
+from atoll.master.recall import check_leads, note_deposed, refuse_deposed
+from atoll.master.setup import own_url, read_keyring, store_dir
 from atoll.model.errors import AtollError, InvalidInput
 from atoll.model.objects import Cluster
 from atoll.rpc.https import HttpsTransport
@@ -29,16 +30,32 @@ log = structlog.get_logger()
 
 
 async def run(config: Config) -> None:
-    """Lead until SIGTERM or SIGINT, or until deposed."""
+    """Lead until SIGTERM or SIGINT, or until deposed. Errors: Deposed when another master has taken over."""
     if not store_dir(config).is_dir():
-        raise InvalidInput("this machine is no master", hint="atoll cluster init NAME")
+        raise InvalidInput("this machine is no master", hint="atoll cluster init NAME; on a candidate: atoll cluster master-failover")
     store = await SqliteStore.open(store_dir(config))
-    leading = await LeaderStore.open(store)
-    if leading.get(Cluster, "cluster") is None:
-        await store.close()
-        raise InvalidInput("the cluster was not made completely", hint="atoll cluster init NAME, again")
     transport = HttpsTransport(fresh_client(config.master_tls_dir))
-    leader = MasterLeader(leading, transport, SystemClock(), admission=Admission.load(config.master_tls_dir, config.masters))
+    try:
+        await check_leads(store, store_dir(config), transport)
+        leading = await LeaderStore.open(store)
+        if leading.get(Cluster, "cluster") is None:
+            raise InvalidInput("the cluster was not made completely", hint="atoll cluster init NAME, again")
+        await _lead(config, leading, transport)
+    finally:
+        await transport.close()
+        await store.close()
+
+
+async def _lead(config: Config, leading: LeaderStore, transport: HttpsTransport) -> None:
+    leader = MasterLeader(
+        leading,
+        transport,
+        SystemClock(),
+        admission=Admission.load(config.master_tls_dir, (own_url(config),)),
+        node=config.node,
+        url=own_url(config),
+        keyring=lambda: read_keyring(config),
+    )
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -54,7 +71,9 @@ async def run(config: Config) -> None:
         for task in waits:
             task.cancel()
         await leader.stop()
-    await store.close()
+    if leading.superseded:
+        note_deposed(store_dir(config), leading.why_deposed)
+        refuse_deposed(store_dir(config))
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 import structlog
@@ -12,8 +12,10 @@ import structlog
 from atoll.api.leader import Caller, Finding, JoinAnswer, Submission
 from atoll.jobs.engine import Engine
 from atoll.master.admission import Admission
+from atoll.master.announce import Announcer
 from atoll.master.health import HealthMonitor
 from atoll.master.reconcile import Reconciler
+from atoll.master.shipping import Run, Shipper
 from atoll.master.spaces import SpaceMonitor
 from atoll.master.verify import Verifier
 from atoll.model.errors import AtollError, NodeAnswers, NotLeader
@@ -47,11 +49,19 @@ class MasterLeader:
         *,
         admission: Admission | None = None,
         rng: random.Random | None = None,
+        node: str = "",
+        url: str = "",
+        keyring: Callable[[], dict[str, str]] = dict,
+        run: Run = asyncio.to_thread,
     ) -> None:
+        """``node``: the name of the node it leads from; ``url``: where it serves; ``keyring``, ``run``: see ``Shipper``."""
         self.health = HealthMonitor(clock)
         self._state = State(store, self.health, clock, rng or random.SystemRandom())
         self.engine = Engine(store, clock, find_operation, self._state)
-        self.agents = Agents(store, transport, self.engine.oldest_job)
+        own = store.by_name(Node, node) if node else None
+        self._state.replication.master, self._state.replication.url = own.id if own else "", url
+        self.agents = Agents(store, transport, self.engine.oldest_job, own.id if own else "")
+        self._shipper = Shipper(self._state, self.agents, keyring, run)
         self._admission = admission
         self._spaces = SpaceMonitor(self._state, self.agents)
         self._verifier = Verifier(self._state, self.agents, self.engine)
@@ -69,6 +79,9 @@ class MasterLeader:
         """Take up every job, and begin to look after the guests."""
         assert OPERATIONS
         self._background(self._take_up(loops))
+        if self._state.replication.url:
+            self._background(Announcer(self._state, self.agents).run())
+        self._background(self._shipper.run())
         log.info("leading", term=self._state.store.term)
 
     async def _take_up(self, loops: bool) -> None:
@@ -176,6 +189,10 @@ class MasterLeader:
         self._check_leads()
         if not self.health.alive(node):
             self.agents.forget(node)
+        if report.term > self._state.store.term:
+            here = self._state.store.term
+            self._state.store.supersede(f"node {report.node} has heard a master with term {report.term}; this one has {here}")
+            self._check_leads()
         self.health.hear(node, report)
         if not self._ready.is_set():
             if all(n.offline or self.health.alive(n.id) for n in self._state.store.all(Node)):

@@ -8,20 +8,40 @@ from pathlib import Path
 
 from atoll.agent.hostsetup import settle_in
 from atoll.agent.join import configured
-from atoll.model.errors import AlreadyExists
+from atoll.model.errors import AlreadyExists, HostError
 from atoll.model.ids import check_name, new_id
 from atoll.model.objects import Cluster, Group, Node
 from atoll.runtime import certs
 from atoll.runtime.config import Config, dump
 from atoll.runtime.files import write_durably
+from atoll.runtime.masters import forget_masters
 from atoll.runtime.secrets import SecretBox
 from atoll.store.cache import LeaderStore
 from atoll.store.sqlite import SqliteStore
 
+#: The file under whose key secrets are sealed, in the node's configuration directory.
+MASTER_KEY = "master.key"
+
 
 def store_dir(config: Config) -> Path:
     """Where this master's store is."""
-    return config.state_dir / "store"
+    return config.store_dir
+
+
+def own_url(config: Config) -> str:
+    """Where the master of this node serves."""
+    host = f"[{config.address}]" if ":" in config.address else config.address
+    return f"https://{host}:{config.master_port}"
+
+
+def read_keyring(config: Config) -> dict[str, str]:
+    """What a candidate needs of this master, by file name: the certificate authority (``ca*`` of the master's directory) and the key that
+    seals secrets. Errors: HostError."""
+    try:
+        files = {path.name: path for path in sorted(config.master_tls_dir.glob("ca*")) if path.is_file()}
+        return {name: path.read_text() for name, path in {**files, MASTER_KEY: config.etc_dir / MASTER_KEY}.items()}
+    except OSError as error:
+        raise HostError(f"the keys of this master cannot be read: {error}") from None
 
 
 def init(name: str, node: str, address: str, config: Path, hypervisor: str, overrides: dict[str, str]) -> list[str]:
@@ -34,8 +54,8 @@ def init(name: str, node: str, address: str, config: Path, hypervisor: str, over
     check_name(node, "node name")
     settings = configured(config, overrides, node=node, address=address, hypervisor=hypervisor)
     if not settings.masters:
-        host = f"[{address}]" if ":" in address else address
-        settings = settings.model_copy(update={"masters": (f"https://{host}:{settings.master_port}",)})
+        settings = settings.model_copy(update={"masters": (own_url(settings),)})
+    forget_masters(settings.state_dir)
     asyncio.run(_init(name, settings))
     config.parent.mkdir(parents=True, exist_ok=True)
     write_durably(config, dump(settings), 0o644)
@@ -60,7 +80,7 @@ async def _init(name: str, config: Config) -> None:
         master = certs.issue(ca, "master", ident, config.node, [config.address])
         certs.save(config.master_tls_dir, ca.cert_pem, master.cert_pem, master.key_pem)
         write_durably(config.master_tls_dir / "ca.key", ca.key_pem, 0o600)
-        SecretBox.load_or_create(config.etc_dir / "master.key")
+        SecretBox.load_or_create(config.etc_dir / MASTER_KEY)
         first = Node(
             id=ident,
             name=config.node,

@@ -9,6 +9,7 @@ from atoll.api.leader import Finding
 from atoll.master.verify_storage import StorageFindings
 from atoll.model.errors import AtollError
 from atoll.model.objects import DeathProof, Hold, Instance, Job, JobState, Node, Volume, VolumeState
+from atoll.operations.replication import LATE
 from atoll.operations.trouble import IO_ERROR
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class Verifier:
 
     async def look(self) -> list[Finding]:
         """All findings, errors first."""
-        found = [*self._nodes(), *self._jobs(), *self._volumes()]
+        found = [*self._nodes(), *self._candidates(), *self._jobs(), *self._volumes()]
         guests = await self._guests()
         found += guests
         found += await StorageFindings(self._state, self._agents, self._engine, self._working_on).look()
@@ -53,6 +54,28 @@ class Verifier:
             if proof:
                 age = self._state.clock.now() - proof.at
                 found.append(Finding("warning", "node was declared dead", node.name, f"by {proof.method}: {proof.who}", age))
+        return found
+
+    def _candidates(self) -> list[Finding]:
+        """Copies of the store that are too old, and keys that lie where they should not."""
+        state, found = self._state, []
+        now = state.clock.monotonic()
+        for node in state.store.all(Node):
+            copy = state.replication.row(node.id, state.store.revision, now)
+            if copy is not None and (copy["seconds"] or 0.0) > LATE:
+                behind = f"it lacks {copy['behind']} changes" if copy["behind"] is not None else "it has got no copy from this master yet"
+                why = f"{behind}{': ' if copy['problem'] else ''}{copy['problem']}"
+                what = "a master candidate's copy of the store is old"
+                found.append(Finding("warning", what, node.name, why, copy["seconds"], (f"atoll node info {node.name}",)))
+            elif copy is None and node.holds_keys and node.id != state.replication.master and "master-candidate" not in node.roles:
+                why = "it is no master candidate any more, and has not said yet that it has removed them"
+                commands = ("let the node come back; atoll node list",)
+                found.append(Finding("warning", "a node may hold the keys of a master", node.name, why, None, commands))
+        for rival in self._agents.rivals():
+            name = state.store.require(Node, rival).name
+            why = "nothing is begun anywhere until it has said that it has not taken over, or is declared dead"
+            what = "a master candidate has not acknowledged this master"
+            found.append(Finding("error", what, name, why, None, (f"atoll node declare-dead {name}",)))
         return found
 
     def _jobs(self) -> list[Finding]:

@@ -251,10 +251,23 @@ class NeedsAttention(AtollError):
     code, status, exit_code, default_hint = "needs_attention", 409, 8, "atoll job info JOB"
 
 
+class BrokenOff(AtollError):
+    """The master was lost while this job was under way; what it left is not known."""
+
+    code, status, exit_code, default_hint = "broken_off", 409, 8, "atoll cluster verify shows what is left of it"
+
+
 class NotLeader(AtollError):
     """Another master leads, or this one was deposed."""
 
     code, status, exit_code, default_hint = "not_leader", 503, 8, "try the master that leads"
+
+
+class Deposed(NotLeader):
+    """Another master has taken over from this one."""
+
+    code, status, exit_code = "deposed", 503, 10
+    default_hint = "let this node be a candidate of the new master: systemctl disable --now atoll-master"
 
 
 # --- the host (exit 9) ---

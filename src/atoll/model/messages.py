@@ -30,6 +30,8 @@ class Call(Wire):
     job: int = 0
     step: str = ""
     method: str
+    #: The id of the node whose master speaks; a term belongs to one master only. Empty: not told.
+    master: str = ""
     args: dict[str, Any] = Field(default_factory=dict)
     undo: bool = False
     oldest_job: int = 0
@@ -190,6 +192,43 @@ class MigrationFigures(Wire):
     ram_bytes: int = 0
 
 
+class ReplicaState(Wire):
+    """What a master candidate holds of the store: ``stream`` is the term of the master that shipped it, ``number`` the revision up to
+    which it is complete; 0 = nothing yet. Sizes in bytes, ``at`` the master's time (seconds since 1970) of the newest change."""
+
+    stream: int = 0
+    number: int = 0
+    base_size: int = 0
+    log_size: int = 0
+    at: float = 0.0
+    #: The id of the node whose master shipped it.
+    master: str = ""
+    #: Whether the keys of a master lie on the node.
+    keys: bool = False
+
+
+class Recalled(Wire):
+    """What an agent tells a master that begins anew, whatever that master's term: everything that orders things in time, and its guests."""
+
+    node: str
+    term: int
+    #: The highest job number that it has heard of.
+    job: int = 0
+    #: Instance -> the highest generation that it has promised to refuse.
+    refused: dict[str, int] = Field(default_factory=dict)
+    guests: list[GuestStatus] = Field(default_factory=list)
+    #: Steps that it is carrying out now.
+    running: list[tuple[int, str]] = Field(default_factory=list)
+    #: Seconds since a master last answered it; None = not since it began.
+    heard: float | None = None
+    #: The process that leads on this very node; None = none does.
+    master_pid: int | None = None
+    #: The masters that it reports to.
+    masters: list[str] = Field(default_factory=list)
+    replica: ReplicaState = ReplicaState()
+    version: str = ""
+
+
 class NodeReport(Wire):
     """An agent's heartbeat. Memory in bytes; ``refuses`` is instance -> highest refused generation."""
 
@@ -205,3 +244,4 @@ class NodeReport(Wire):
     stalled_pools: dict[str, str] = Field(default_factory=dict)
     stalled_for: dict[str, float] = Field(default_factory=dict)
     accelerator: str = ""
+    replica: ReplicaState = ReplicaState()

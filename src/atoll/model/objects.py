@@ -71,6 +71,8 @@ class Node(Stored):
     certificate_serial: str = ""
     #: Whether the pools of its group have been prepared on it.
     ready: bool = False
+    #: Whether it may hold a copy of the store and the keys of a master, so that it may have become the master.
+    holds_keys: bool = False
     tags: tuple[str, ...] = ()
 
 

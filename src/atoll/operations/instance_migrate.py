@@ -132,13 +132,18 @@ async def migrate(
     await sync_copies(job, instance, source)
     await job.commit()
     job.progress(92, "switching over")
-    return await _settle(job, instance, plan, bool(copy))
+    return await settle(job, instance, plan, bool(copy))
 
 
-async def _settle(job: JobContext, instance: str, plan: dict[str, Any], copied: bool) -> dict[str, Any]:
+async def settle(job: JobContext, instance: str, plan: dict[str, Any], copied: bool, *, go_on: bool = True) -> dict[str, Any]:
+    """Give the claim to whoever has the guest. ``go_on``: order the source to complete first; else only look, and cancel what has not."""
     source, target, generation = plan["source"], plan["target"], plan["generation"]
     figures: dict[str, Any] = {}
-    if not job.journaled("verdict"):
+    if job.journaled("verdict"):
+        verdict = ""
+    elif not go_on:
+        verdict = await _look(job, instance, plan)
+    else:
         try:
             figures = await job.call(
                 "go on to completed", source, "guest.migrate_continue", {"instance": instance}, deadline=SWITCHOVER, span=(92.0, 97.0)
@@ -146,8 +151,6 @@ async def _settle(job: JobContext, instance: str, plan: dict[str, Any], copied: 
             verdict = "target"
         except AtollError:
             verdict = await _look(job, instance, plan)
-    else:
-        verdict = ""
 
     def decide() -> Changes:
         claim: Claim = job.state.claim(instance)

@@ -15,7 +15,8 @@ from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import NodeDeclareDead, NodeModify, NodeMove, NodeRemove, Nothing, TagsChange
 from atoll.operations.state import State
 
-ROLES = frozenset({"vm", "storage-controller", "master-candidate"})
+MASTER_CANDIDATE = "master-candidate"
+ROLES = frozenset({"vm", "storage-controller", MASTER_CANDIDATE})
 
 
 def instances_on(state: State, node: str) -> list[Instance]:
@@ -61,6 +62,18 @@ def _prepare_remove(state: State, target: str, request: NodeRemove) -> Prepared:
     volumes = [v for v in state.store.all(Volume) if node.id in (v.node, v.secondary)]
     if volumes:
         raise InUse(f"node {node.name} owns {len(volumes)} node-local volumes, such as {volumes[0].name}", hint="atoll volume list")
+    if node.id == state.replication.master:
+        raise InUse(f"the master works on node {node.name}", hint="on a master candidate: atoll cluster master-failover")
+    if MASTER_CANDIDATE in node.roles:
+        raise InUse(
+            f"node {node.name} is a master candidate and holds the keys of a master",
+            hint=f"atoll node modify {node.name} --role vm, which takes them back",
+        )
+    if node.holds_keys and not request.keys_are_lost:
+        raise InUse(
+            f"node {node.name} has not said yet that it has removed the keys of a master",
+            hint=f"let it come back; if it never will: atoll node remove {node.name} --keys-are-lost",
+        )
     # Its group alone, too: placement may be about to choose it for somebody who holds the group.
     held = [node.resource, state.store.require(Group, node.group).resource]
     return Prepared({"id": node.id}, locks(exclusive=held), f"remove node {node.name}")

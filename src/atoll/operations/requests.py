@@ -92,6 +92,8 @@ class NodeModify(Request):
 class NodeRemove(Request):
     """Take a node out of the cluster for good."""
 
+    keys_are_lost: bool = False
+
 
 class NodeMove(Request):
     """Move all (or the named) instances of a node: migrate, failover, evacuate."""

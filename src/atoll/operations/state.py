@@ -9,6 +9,7 @@ from typing import Protocol
 from atoll.model.errors import AmbiguousPool, Held, NotFound, WrongState
 from atoll.model.messages import NodeReport, PoolRef
 from atoll.model.objects import Claim, Cluster, DeathProof, Disk, Group, Hold, Instance, Node, Pool, Volume
+from atoll.operations.replication import Replication
 from atoll.runtime.clock import Clock
 from atoll.storage import registry
 from atoll.storage.contract import DriverInfo
@@ -33,6 +34,7 @@ class State:
 
     def __init__(self, store: LeaderStore, health: Health, clock: Clock, rng: random.Random) -> None:
         self.store, self.health, self.clock, self.rng = store, health, clock, rng
+        self.replication = Replication()
 
     @property
     def cluster(self) -> Cluster:

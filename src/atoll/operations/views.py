@@ -36,6 +36,9 @@ def cluster(state: State) -> Row:
         "driver_options": record.driver_options,
         "drivers": [info.name for info in registry.drivers()],
         "tags": list(record.tags),
+        "master": index.node_name(state.replication.master or None),
+        "term": state.store.term,
+        "revision": state.store.revision,
         "nodes": len(index.nodes),
         "nodes_alive": sum(index.alive.values()),
         "groups": len(index.groups),
@@ -44,7 +47,25 @@ def cluster(state: State) -> Row:
         "instances": len(index.instances),
         "jobs_active": sum(job.state.active for job in jobs),
         "jobs_needing_attention": sum(job.state is JobState.NEEDS_ATTENTION for job in jobs),
+        "candidates": [{"name": index.node_name(node), **(replica(state, node) or {})} for node in state.replication.candidates],
     }
+
+
+def replica(state: State, node: str) -> Row | None:
+    """How far a master candidate's copy of the store is; None for other nodes."""
+    return state.replication.row(node, state.store.revision, state.clock.monotonic())
+
+
+def replica_words(state: State, item: Node) -> str:
+    """The same in words, for lists; ``master`` for the node that leads."""
+    if item.id == state.replication.master:
+        return "master"
+    found = replica(state, item.id)
+    if found is None:
+        return "keys not taken back" if item.holds_keys else ""
+    if found["state"] != "behind":
+        return str(found["state"])
+    return f"{found['behind']} changes behind, {found['seconds']:.0f} s"
 
 
 def group(item: Group, index: Index) -> Row:
@@ -105,6 +126,7 @@ def node(item: Node, index: Index) -> Row:
         "address": item.address,
         "port": item.port,
         "roles": list(item.roles),
+        "replica": replica_words(index.state, item),
         "offline": item.offline,
         "drained": item.drained,
         "version": report.version if report else "",

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from atoll.model.errors import UNKNOWN_OUTCOME, AtollError, NodeUnavailable, Unreachable
+from atoll.model.errors import UNKNOWN_OUTCOME, AtollError, NodeUnavailable, StaleTerm, Unreachable
 from atoll.model.messages import Call, Hello, Progress
 from atoll.model.objects import DeathProof, Node
 from atoll.rpc.contract import Report, Transport
@@ -27,8 +27,11 @@ def quiet(_: Progress) -> None:
 class Agents:
     """Orders to agents, in the name of one term."""
 
-    def __init__(self, store: LeaderStore, transport: Transport, oldest_job: Callable[[], int]) -> None:
-        self._store, self._transport, self._oldest_job = store, transport, oldest_job
+    def __init__(self, store: LeaderStore, transport: Transport, oldest_job: Callable[[], int], me: str = "") -> None:
+        """``me``: the id of the node that this master leads from; empty where nobody has said."""
+        self._store, self._transport, self._oldest_job, self._me = store, transport, oldest_job, me
+        #: Nodes that may have become the master before this term began: until each has acknowledged it, nothing is begun anywhere.
+        self._rivals = {node.id for node in store.all(Node) if node.holds_keys and node.id != me}
         self._greeted: dict[str, Hello] = {}
         self._greeting: dict[str, asyncio.Lock] = {}
 
@@ -45,9 +48,9 @@ class Agents:
         async with self._greeting.setdefault(node_id, asyncio.Lock()):
             hello = self._greeted.get(node_id)
             if hello is None:
-                call = Call(term=self._store.term, method="hello", oldest_job=self._oldest_job(), deadline=deadline)
-                hello = Hello(**await self._transport.call(self.node(node_id), call, quiet))
+                hello = Hello(**await self._send(node_id, self._call("hello", deadline=deadline), quiet))
                 self._greeted[node_id] = hello
+                self._rivals.discard(node_id)
             return hello
 
     async def acknowledged(self, node_ids: set[str], tell: Callable[[str], None] = lambda text: None) -> None:
@@ -66,8 +69,7 @@ class Agents:
     async def ask(self, node_id: str, method: str, args: dict[str, Any] | None = None, *, deadline: float = 10.0) -> Any:
         """A question that changes nothing; one attempt. Errors: the agent's, Unreachable, DeadlineExceeded."""
         await self.greet(node_id, min(deadline, 5.0))
-        call = Call(term=self._store.term, method=method, args=args or {}, oldest_job=self._oldest_job(), deadline=deadline)
-        return await self._attempt(node_id, call, quiet)
+        return await self._attempt(node_id, self._call(method, args=args or {}, deadline=deadline), quiet)
 
     async def order(
         self,
@@ -96,17 +98,9 @@ class Agents:
             if not even_dead and self._store.get(DeathProof, node_id) is not None:
                 raise NodeUnavailable(f"node {self.node(node_id).name} is proved dead")
             left = end - loop.time()
-            call = Call(
-                term=self._store.term,
-                job=job,
-                step=step,
-                method=method,
-                args=args,
-                undo=undo,
-                oldest_job=self._oldest_job(),
-                deadline=max(0.05, min(left, ATTEMPT)),
-            )
+            call = self._call(method, job=job, step=step, args=args, undo=undo, deadline=max(0.05, min(left, ATTEMPT)))
             try:
+                await self._ask_rivals()
                 await self.greet(node_id)
                 silent_since = None
                 return await self._attempt(node_id, call, report)
@@ -122,9 +116,42 @@ class Agents:
                 report(Progress(text=f"{error.message}; trying again"))
                 await asyncio.sleep(pause)
 
-    async def _attempt(self, node_id: str, call: Call, report: Report) -> Any:
+    async def _ask_rivals(self) -> None:
+        """Make sure that no candidate has taken over: an old master that comes back alone must not start what runs elsewhere by now.
+
+        Errors: StaleTerm when one has; Unreachable while one can be neither asked nor is proved dead.
+        """
+        for node_id in sorted(self._rivals):
+            node = self._store.get(Node, node_id)
+            if node is None or self._store.get(DeathProof, node_id) is not None:
+                continue
+            try:
+                await self.greet(node_id, 2.0)
+            except UNKNOWN_OUTCOME as error:
+                raise Unreachable(
+                    f"waiting for the master candidate {node.name} to say that it has not taken over ({error.message}); "
+                    f"if it is off: atoll node declare-dead {node.name}",
+                    hint=f"atoll node declare-dead {node.name}",
+                ) from error
+
+    def rivals(self) -> list[str]:
+        """The nodes (ids) that may have become the master, have not acknowledged this term and are not proved dead."""
+        return [n for n in sorted(self._rivals) if self._store.get(Node, n) and self._store.get(DeathProof, n) is None]
+
+    def _call(self, method: str, **more: Any) -> Call:
+        return Call(term=self._store.term, method=method, master=self._me, oldest_job=self._oldest_job(), **more)
+
+    async def _send(self, node_id: str, call: Call, report: Report) -> Any:
         try:
             return await self._transport.call(self.node(node_id), call, report)
+        except StaleTerm as error:
+            # Another master has begun: whatever this one does from here on would be refused, and be wrong.
+            self._store.supersede(error.message)
+            raise
+
+    async def _attempt(self, node_id: str, call: Call, report: Report) -> Any:
+        try:
+            return await self._send(node_id, call, report)
         except UNKNOWN_OUTCOME:
             self.forget(node_id)
             raise

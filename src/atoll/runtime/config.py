@@ -54,6 +54,21 @@ class Config(BaseModel):
         return self.etc_dir / "master"
 
     @property
+    def candidate_dir(self) -> Path:
+        """What a master candidate needs besides the store to become the master: the CA's key and the master key (0600)."""
+        return self.etc_dir / "candidate"
+
+    @property
+    def store_dir(self) -> Path:
+        """The store, on a master."""
+        return self.state_dir / "store"
+
+    @property
+    def replica_dir(self) -> Path:
+        """The copy of the store, on a master candidate."""
+        return self.state_dir / "replica"
+
+    @property
     def api_socket(self) -> Path:
         """The master's Unix socket, for root on this machine."""
         return self.run_dir / "api.sock"

@@ -82,3 +82,24 @@ def lock_exclusively(path: str | os.PathLike[str], mode: int = 0o600) -> int:
         os.close(handle)
         raise HostError(f"cannot lock {os.fspath(path)}: {error.strerror}") from None
     return handle
+
+
+def lock_holder(path: str | os.PathLike[str]) -> int | None:
+    """The process that has the file locked by ``lock_exclusively`` now; None: nobody, or no such file. 0: somebody who does not say.
+
+    Errors: HostError.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise HostError(f"cannot open {os.fspath(path)}: {error.strerror}") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        said = os.pread(handle, 20, 0).decode(errors="replace").strip()
+        return int(said) if said.isdigit() else 0
+    finally:
+        os.close(handle)

@@ -23,6 +23,8 @@ Type=notify
 ExecStart={bin}/atoll-master
 {environment}Restart=always
 RestartSec=1
+# Deposed: another master has taken over, and this one never leads again.
+RestartPreventExitStatus=10
 TimeoutStartSec=120
 TimeoutStopSec=30
 UMask=0077

@@ -50,6 +50,10 @@ class LeaderStore:
         self.deposed = False
         self.deposed_event = asyncio.Event()
         self.listeners: list[Callable[[Stored | None, Stored | None], None]] = []
+        #: The revision of the newest transaction of this leader; what the store holds beyond it nobody has been told of.
+        self.revision = term_revision
+        #: Whether agents have told of a newer master: then this store must never lead again.
+        self.superseded = False
         self._why = ""
         self._term_key, self._term_revision = term_key, term_revision
         self._shelves: dict[type[Stored], Shelf[Any]] = {cls: Shelf(cls) for cls in KINDS}
@@ -213,6 +217,7 @@ class LeaderStore:
             for key in change.delete:
                 del self._revisions[key]
             self._revisions.update(dict.fromkeys(change.put, revision))
+            self.revision = max(self.revision, revision)
         finally:
             for key in change.keys:
                 del self._in_flight[key]
@@ -281,6 +286,16 @@ class LeaderStore:
     def _check(self) -> None:
         if self.deposed:
             raise NotLeader(self._why)
+
+    @property
+    def why_deposed(self) -> str:
+        """In words; empty while it leads."""
+        return self._why
+
+    def supersede(self, why: str) -> None:
+        """An agent has heard a newer master, which has a store of its own."""
+        self.superseded = True
+        self._depose(why)
 
     def _depose(self, why: str) -> None:
         if not self.deposed:

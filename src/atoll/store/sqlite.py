@@ -18,7 +18,7 @@ from atoll.store.contract import Entry, Event, Transaction
 from atoll.store.local import file_system_type, lock_directory, prepare_directory
 from atoll.store.memory import KEEP_REVISIONS
 from atoll.store.rules import check_transaction
-from atoll.store.sqlite_file import Database, backup
+from atoll.store.sqlite_file import Database, backup, snapshot
 
 T = TypeVar("T")
 #: Seconds to wait for the disk; a disk that takes longer hangs.
@@ -94,6 +94,11 @@ class SqliteStore:
                 yield batch
             if after == start:
                 await changed.wait()
+
+    async def snapshot(self) -> tuple[Sequence[Entry], int]:
+        """All entries and the store's revision at that moment, read beside running transactions. Errors: StoreError."""
+        self._check()
+        return await asyncio.to_thread(snapshot, self._file.path)
 
     async def backup(self, path: Path) -> None:
         """Write a consistent copy to ``path`` (0600, durable), beside running transactions. Errors: StoreError."""

@@ -6,6 +6,7 @@ import os
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from atoll.model.errors import AtollError, StoreError, Unreachable
 from atoll.store.contract import Compacted, Entry, Event, Transaction
@@ -212,6 +213,20 @@ def _commit_error(path: Path, error: sqlite3.Error) -> AtollError:
 
 def _hint(error: sqlite3.Error) -> str | None:
     return "make room on the store's file system: df" if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL else None
+
+
+def snapshot(source: Path) -> tuple[list[Entry], int]:
+    """All entries and the revision of the database at ``source``, as of one moment. Writers are not held up. Errors: StoreError."""
+    try:
+        connection = sqlite3.connect(f"file:{quote(str(source))}?mode=ro", uri=True, isolation_level=None, timeout=10)
+        try:
+            connection.execute("BEGIN")
+            revision = connection.execute("SELECT value FROM meta WHERE key = 'rev'").fetchone()[0]
+            return [Entry(*row) for row in connection.execute("SELECT key, body, rev FROM obj ORDER BY key")], int(revision)
+        finally:
+            connection.close()
+    except sqlite3.Error as error:
+        raise StoreError(f"cannot read {source}: {error}", hint="restore a backup: atoll cluster restore FILE") from None
 
 
 def backup(source: Path, target: Path) -> None:
