@@ -141,6 +141,7 @@ class Shipper:
         """A base copy, then changes, until something is missing there, the log is long, or the role is gone or the keys are others."""
         number, state = await self._copy(node)
         self._arrived(found, number)
+        look = self._state.clock.monotonic() + LOOK
         queue: asyncio.Queue[Sequence[Event]] = asyncio.Queue(QUEUE)
         pump = asyncio.get_running_loop().create_task(self._pump(number, queue))
         try:
@@ -154,8 +155,10 @@ class Shipper:
                 self._arrived(found, number)
                 if state.log_size > max(LOG, 2 * state.base_size) or not self._still(node):
                     return
-                if not batch.revisions and self._keyring() != keys:
-                    return
+                if self._state.clock.monotonic() > look:
+                    look = self._state.clock.monotonic() + LOOK
+                    if self._keyring() != keys:
+                        return
         finally:
             pump.cancel()
             await asyncio.wait({pump})
