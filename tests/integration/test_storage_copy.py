@@ -17,7 +17,7 @@ import pytest_asyncio
 from atoll.model.errors import DeadlineExceeded, HostError
 from atoll.model.messages import Progress
 from atoll.runtime.certs import create_ca, issue
-from atoll.storage import copy
+from atoll.storage import copy, sources
 from atoll.storage.files import locks
 
 pytestmark = pytest.mark.skipif(not shutil.which("qemu-nbd"), reason="qemu-utils is not installed")
@@ -119,6 +119,27 @@ async def test_a_preallocated_target_keeps_its_blocks(nodes: Nodes) -> None:
     await nodes.push(port)
     assert nodes.target.read_bytes() == nodes.source.read_bytes()
     assert nodes.target.stat().st_blocks * 512 >= 64 * MIB
+
+
+@pytest.mark.parametrize("kind", ["raw", "qcow2"])
+@pytest.mark.parametrize("how", ["here", "there"])
+async def test_an_image_is_imported_here_and_to_a_peer(nodes: Nodes, kind: str, how: str) -> None:
+    nodes.blank(80 * MIB)
+    image = nodes.source
+    if kind == "qcow2":
+        image = nodes.place / "image,1.qcow2"
+        subprocess.run(["qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", nodes.source, image], check=True, timeout=60)
+    with sources.opened(str(image)) as fd:
+        source = sources.as_qemu(fd, kind)
+        if how == "here":
+            await copy.convert(source, str(nodes.target), nodes.seen.append, 60.0, inherit=(fd,))
+        else:
+            port, _ = await nodes.serve()
+            place = ("127.0.0.1", port, "b", nodes.tls("a"), nodes.seen.append, nodes.place / "run-a-out", 60.0)
+            await copy.push(source, *place, inherit=(fd,))
+    assert nodes.target.read_bytes() == nodes.source.read_bytes() + bytes(16 * MIB)
+    assert nodes.target.stat().st_blocks * 512 < 8 * MIB
+    assert nodes.seen[-1].percent == 100.0
 
 
 @pytest.mark.parametrize(("node", "server"), [("c", "b"), ("stranger", "b"), ("a", "c")])

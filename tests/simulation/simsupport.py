@@ -377,6 +377,18 @@ async def mirrored(box: Box) -> None:
     await running(box, template="mirror", secondary="node2")
 
 
+def image_on(node: str) -> Callable[[Box], Awaitable[None]]:
+    async def begin(box: Box) -> None:
+        box.disks.files[node, IMAGE["path"]] = {"format": "qcow2", "size": GIB}
+
+    return begin
+
+
+async def local_image(box: Box) -> None:
+    await local(box)
+    await image_on("node2")(box)
+
+
 async def with_volume(box: Box) -> None:
     await running(box)
     await box.do("volume.create", name="data", pool="shared", size=GIB)
@@ -426,10 +438,14 @@ async def activated(box: Box) -> None:
     await box.do("instance.activate-disks", "web1", node="node2")
 
 
+IMAGE = {"node": "node2", "path": "/srv/debian.qcow2"}
+IMAGED = [{"image": IMAGE}]
 MIGRATES = ("done", "undone")
 STORIES = [
     Story("add", "instance.add", "", {"name": "new", "disks": [{"size": GIB}, {"size": GIB}], "memory": GIB, "node": "node1"}),
     Story("add-local", "instance.add", "", {"name": "new", "template": "local", "disks": [{"size": GIB}], "memory": GIB}, local),
+    Story("add-image", "instance.add", "", {"name": "new", "disks": IMAGED, "memory": GIB, "node": "node1"}, image_on("node2")),
+    Story("add-image-local", "instance.add", "", {"name": "new", "node": "node1", "template": "local", "disks": IMAGED}, local_image),
     Story("remove", "instance.remove", "web1", {"timeout": 1.0}, running),
     Story("start", "instance.start", "web1", {}, stopped),
     Story("start-elsewhere", "instance.start", "web1", {"node": "node3"}, stopped),
@@ -455,6 +471,7 @@ STORIES = [
     Story("deactivate-disks", "instance.deactivate-disks", "web1", {}, activated),
     Story("recreate", "instance.recreate", "web1", {}, lost_image, broken=True),
     Story("volume-create", "volume.create", "", {"name": "data", "pool": "shared", "size": GIB}),
+    Story("volume-image", "volume.create", "", {"name": "data", "pool": "shared", "size": 2 * GIB, "image": IMAGE}, image_on("node2")),
     Story("volume-delete", "volume.delete", "data", {}, only_volume),
     Story("volume-grow", "volume.grow", "data", {"increment": GIB}, only_volume),
     Story("volume-rename", "volume.rename", "data", {"new_name": "facts"}, only_volume),

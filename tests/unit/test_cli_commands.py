@@ -65,6 +65,14 @@ async def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
         yield Cli(leader)
 
 
+def _disk(**given: Any) -> dict[str, Any]:
+    return {"size": None, "pool": None, "adopt": None, "image": None, "name": None, "mode": "rw", "options": {}, **given}
+
+
+def _image(node: str, path: str, pool: str | None, size: int | None = None) -> dict[str, Any]:
+    return _disk(size=size, pool=pool, image={"node": node, "path": path, "format": None})
+
+
 CASES: list[tuple[str, Sent]] = [
     (
         "atoll cluster modify --hypervisor fake -D file:path=/a,locking=off",
@@ -102,6 +110,10 @@ CASES: list[tuple[str, Sent]] = [
         "atoll volume create -p local --adopt old.img -n node1",
         ("volume.create", "", {"pool": "local", "adopt": "old.img", "node": "node1"}),
     ),
+    (
+        "atoll volume create v1 -p images --image node1:/srv/a.qcow2 --image-format qcow2",
+        ("volume.create", "", {"name": "v1", "pool": "images", "image": {"node": "node1", "path": "/srv/a.qcow2", "format": "qcow2"}}),
+    ),
     ("atoll volume grow spare 512", ("volume.grow", "spare", {"increment": 512 * MIB})),
     ("atoll volume grow spare 2G --absolute", ("volume.grow", "spare", {"size": 2 * GIB})),
     ("atoll volume rename spare v9", ("volume.rename", "spare", {"new_name": "v9"})),
@@ -121,8 +133,8 @@ CASES: list[tuple[str, Sent]] = [
                 "name": "w",
                 "template": "sharedfile",
                 "disks": [
-                    {"size": 10 * GIB, "pool": "images", "adopt": None, "name": None, "mode": "rw", "options": {}},
-                    {"size": 512 * MIB, "pool": None, "adopt": None, "name": "logs", "mode": "ro", "options": {"preallocation": "full"}},
+                    _disk(size=10 * GIB, pool="images"),
+                    _disk(size=512 * MIB, name="logs", mode="ro", options={"preallocation": "full"}),
                 ],
                 "nics": [{"mode": "bridged", "link": "br0", "mac": "52:54:00:aa:00:01"}],
                 "node": "node1",
@@ -147,9 +159,17 @@ CASES: list[tuple[str, Sent]] = [
                 "name": "w",
                 "template": "file",
                 "group": "default",
-                "disks": [{"size": 3 * GIB, "pool": None, "adopt": None, "name": None, "mode": "rw", "options": {}}],
+                "disks": [_disk(size=3 * GIB)],
             },
         ),
+    ),
+    (
+        "atoll instance add w --image node2:/srv/a.raw --disk 0:pool=images --disk 1:image=node1:/b",
+        ("instance.add", "", {"name": "w", "disks": [_image("node2", "/srv/a.raw", "images"), _image("node1", "/b", None)]}),
+    ),
+    (
+        "atoll instance add w -s 2G --image node2:/srv/a.raw",
+        ("instance.add", "", {"name": "w", "disks": [_image("node2", "/srv/a.raw", None, 2 * GIB)]}),
     ),
     ("atoll instance add w -t diskless --kernel /k", ("instance.add", "", {"name": "w", "kernel": "/k"})),
     ("atoll instance start web1 -n node2 --node-is-dead", ("instance.start", "web1", {"node": "node2", "node_is_dead": True})),
@@ -175,7 +195,7 @@ CASES: list[tuple[str, Sent]] = [
         (
             "instance.add-disk",
             "web1",
-            {"disk": {"size": GIB, "pool": "images", "adopt": None, "name": "data", "mode": "rw", "options": {}}},
+            {"disk": _disk(size=GIB, pool="images", name="data")},
         ),
     ),
     (
@@ -183,7 +203,7 @@ CASES: list[tuple[str, Sent]] = [
         (
             "instance.add-disk",
             "web1",
-            {"disk": {"size": GIB, "pool": None, "adopt": None, "name": None, "mode": "rw", "options": {}}, "template": "sharedfile"},
+            {"disk": _disk(size=GIB), "template": "sharedfile"},
         ),
     ),
     ("atoll instance attach-disk web1 spare --mode ro", ("instance.attach-disk", "web1", {"volume": "spare", "mode": "ro"})),
@@ -213,13 +233,13 @@ CASES: list[tuple[str, Sent]] = [
                 "memory": 256 * MIB,
                 "os": "noop",
                 "node": "node1",
-                "disks": [{"size": GIB, "pool": None, "adopt": None, "name": None, "mode": "rw", "options": {}}],
+                "disks": [_disk(size=GIB)],
             },
         ),
     ),
     (
         "gnt-instance modify web1 --disk add:size=1G,pool=images",
-        ("instance.add-disk", "web1", {"disk": {"size": GIB, "pool": "images", "adopt": None, "name": None, "mode": "rw", "options": {}}}),
+        ("instance.add-disk", "web1", {"disk": _disk(size=GIB, pool="images")}),
     ),
     ("gnt-instance modify web1 --disk attach:name=spare", ("instance.attach-disk", "web1", {"volume": "spare"})),
     ("gnt-instance modify web1 --disk 0:remove", ("instance.remove-disk", "web1", {"index": 0})),
@@ -262,7 +282,10 @@ BAD = [
     ("instance add w --disk 0:size=0", "is not positive"),
     ("instance add w --disk 0:size=2000000T", "larger than 1 EiB"),
     ("instance add w --disk 0:size=ten", "is not a size"),
-    ("instance add w --disk 0:pool=images", "neither size nor adopt"),
+    ("instance add w --image disk.img", "this machine is no node of the cluster"),
+    ("instance add w --image node1:disk.img", "not an absolute path"),
+    ("instance add w --image node1:/a --disk 0:adopt=b", "cannot be made from two images"),
+    ("instance add w --disk 0:pool=images", "neither size, image nor adopt"),
     ("instance add w --disk 1:size=1G", "numbers must be 0, 1, 2"),
     ("instance add w --disk 0:size=1G --disk 0:size=2G", "given twice"),
     ("instance add w --disk 0:size=1G,size=2G", "given twice"),

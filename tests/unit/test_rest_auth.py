@@ -66,6 +66,22 @@ async def test_roles(tls: Tls, token: str, read: int, operate: int, administer: 
     assert (await tls("POST", "/v1/tokens", {"name": "g"}, token=token))[0] == (201 if administer == 202 else administer)
 
 
+async def test_images_of_anywhere_are_for_admins(tls: Tls) -> None:
+    """Else an operator could have the node's disks, or its keys, as a disk of a guest."""
+
+    def body(path: str) -> dict[str, Any]:
+        return {"name": "v", "pool": "images", "image": {"node": "node1", "path": path}}
+
+    for path, expected in (("/etc/atoll/master.key", 403), ("/var/lib/atoll/images", 403), ("/var/lib/atoll/images/a.raw", 202)):
+        assert (await tls("POST", "/v1/volumes", body(path), token="operate"))[0] == expected
+        assert (await tls("POST", "/v1/volumes", body(path), token="admin"))[0] == 202
+    disk = {"image": body("/dev/sda")["image"]}
+    assert (await tls("POST", "/v1/instances", {"name": "i", "disks": [{"size": 512}, disk]}, token="operate"))[0] == 403
+    assert (await tls("POST", "/v1/instances/web1/add-disk", {"disk": disk}, token="operate"))[0] == 403
+    status, found = await tls("POST", "/v1/volumes", body("/var/lib/atoll/images/../../../etc/shadow"), token="operate")
+    assert (status, found["code"]) == (422, "invalid_input")
+
+
 async def test_every_route_under_v1_wants_a_credential(tls: Tls) -> None:
     app = create_app(tls.leader)
     paths = app.openapi()["paths"]

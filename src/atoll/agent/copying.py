@@ -23,10 +23,11 @@ class CopyOrders:
         """Method -> handler."""
         return {"copy.serve": self.serve, "copy.unserve": self.unserve, "copy.push": self.push, "copy.unpush": self.unpush}
 
-    def _dir(self, volume: str) -> Path:
+    def directory(self, volume: str) -> Path:
+        """Where the run-time files of a copy are."""
         return self._run_dir / "copies" / volume
 
-    async def _path(self, args: dict[str, Any]) -> str:
+    async def path(self, args: dict[str, Any]) -> str:
         """The image's path here, by way of the pool's own halves."""
         ref = PoolRef(**args["ref"])
         stat = await self._storage.pool(ref, "stat", QUICK, logical_id=args["logical_id"])
@@ -41,19 +42,19 @@ class CopyOrders:
 
     async def serve(self, args: dict[str, Any], report: Report) -> Any:
         """Serve the image to the peer; the port."""
-        run_dir = self._dir(args["volume"])
+        run_dir = self.directory(args["volume"])
         await copy.unserve(run_dir)
-        port, _ = await copy.serve(await self._path(args), self._address, self._tls_dir, args["peer"], run_dir)
+        port, _ = await copy.serve(await self.path(args), self._address, self._tls_dir, args["peer"], run_dir)
         return port
 
     async def unserve(self, args: dict[str, Any], report: Report) -> Any:
         """End that. Not served = success."""
-        await copy.unserve(self._dir(args["volume"]))
+        await copy.unserve(self.directory(args["volume"]))
 
     async def push(self, args: dict[str, Any], report: Report) -> Any:
         """Copy the image into the peer's; it is durable there when this returns."""
         await copy.push(
-            await self._path(args), args["host"], args["port"], args["server"], self._tls_dir, report, self._dir(args["volume"])
+            await self.path(args), args["host"], args["port"], args["server"], self._tls_dir, report, self.directory(args["volume"])
         )
 
     async def unpush(self, args: dict[str, Any], report: Report) -> Any:

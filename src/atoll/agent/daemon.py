@@ -10,6 +10,7 @@ import sys
 import structlog
 
 from atoll.agent.copying import CopyOrders
+from atoll.agent.imaging import ImageOrders
 from atoll.agent.memory import Memory, open_database
 from atoll.agent.node import Agent
 from atoll.agent.server import create_app
@@ -50,9 +51,9 @@ async def run(config: Config) -> None:
     storage = StorageHost(guest_user=config.guest_user)
     memory = Memory(open_database(config.state_dir / "agent.db"))
     copying = CopyOrders(storage, config.tls_dir, config.run_dir, config.address)
+    more = {**copying.handlers(), **ImageOrders(copying, config.tls_dir).handlers()}
     standby = StandbyOrders.of(config)
-    hypervisor = make_hypervisor(config)
-    agent = Agent(config.node, hypervisor, storage, memory, config.run_dir, copying.handlers(), standby=standby)
+    agent = Agent(config.node, make_hypervisor(config), storage, memory, config.run_dir, more, standby=standby)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

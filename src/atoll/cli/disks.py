@@ -8,7 +8,21 @@ import click
 
 from atoll.cli import work
 from atoll.cli.client import Client, path_of
-from atoll.cli.options import complete, confirm, disk_spec, force_option, job_options, numbered, on_node, pairs, split_words, target, whole
+from atoll.cli.options import (
+    complete,
+    confirm,
+    disk_spec,
+    force_option,
+    image_options,
+    image_source,
+    job_options,
+    numbered,
+    on_node,
+    pairs,
+    split_words,
+    target,
+    whole,
+)
 from atoll.cli.volume import growth
 from atoll.model.errors import InvalidInput
 from atoll.model.units import parse_size
@@ -35,6 +49,7 @@ def grow_disk(target: str, index: int, amount: str, absolute: bool, **options: A
 @click.option("-s", "--size", metavar="SIZE", help="Such as 10G; without a unit MiB.")
 @click.option("-p", "--pool", metavar="POOL", help="Its pool; default: that of the other disks.", shell_complete=complete("pool"))
 @click.option("-t", "--disk-template", "template", metavar="POOL", help="POOL, DRIVER:POOL or DRIVER.")
+@image_options
 @click.option("--adopt", metavar="IMAGE", help="Take this existing image of the pool.")
 @click.option("--name", metavar="NAME", help="The volume's name.")
 @click.option("--mode", type=click.Choice(["rw", "ro"]), default="rw", show_default=True)
@@ -46,6 +61,8 @@ def add_disk(
     size: str | None,
     pool: str | None,
     template: str | None,
+    image: str | None,
+    image_format: str | None,
     adopt: str | None,
     name: str | None,
     mode: str,
@@ -56,9 +73,10 @@ def add_disk(
     if disk_text:
         disk = disk_spec(numbered((disk_text,), "--disk")[0])
     else:
-        if not size and not adopt:
-            raise InvalidInput("neither a size nor an image to adopt is given", hint="-s 10G")
-        known = {"pool": pool, "adopt": adopt, "name": name, "options": pairs(settings, "-O") or None}
+        if not size and not adopt and not image:
+            raise InvalidInput("neither a size nor an image is given", hint="-s 10G")
+        source = image_source(image, image_format) if image else None
+        known = {"pool": pool, "adopt": adopt, "image": source, "name": name, "options": pairs(settings, "-O") or None}
         disk = {"mode": mode, **{k: v for k, v in known.items() if v is not None}}
         if size:
             disk["size"] = parse_size(size, default_unit="m")

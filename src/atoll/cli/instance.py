@@ -16,6 +16,8 @@ from atoll.cli.options import (
     disk_spec,
     force_option,
     hypervisor,
+    image_options,
+    image_source,
     job_options,
     nic_spec,
     numbered,
@@ -59,9 +61,10 @@ instance.add_command(info_command("instance"))
 @click.argument("name")
 @click.option("-t", "--disk-template", "template", metavar="POOL", help="POOL, DRIVER:POOL, or DRIVER for the group's pool of it.")
 @click.option(
-    "--disk", "disk_texts", multiple=True, metavar="N:size=,pool=,...", help="A disk: size, pool, adopt, mode, name, driver options."
+    "--disk", "disk_texts", multiple=True, metavar="N:size=,pool=,...", help="A disk: size, pool, image, adopt, mode, name, driver options."
 )
 @click.option("-s", "--os-size", "size", metavar="SIZE", help="The size of its only disk.")
+@image_options
 @click.option("-n", "--node", metavar="NODE[:SECONDARY]", help="Where; default: the best place.", shell_complete=complete("node"))
 @click.option("-g", "--node-group", "group", metavar="GROUP", help="In which group.", shell_complete=complete("group"))
 @click.option("-o", "--os-type", "os", default="", metavar="OS", help="A note of what is installed.")
@@ -74,6 +77,8 @@ def add(
     template: str | None,
     disk_texts: tuple[str, ...],
     size: str | None,
+    image: str | None,
+    image_format: str | None,
     node: str | None,
     group: str | None,
     os: str,
@@ -91,9 +96,7 @@ def add(
 
     Example: atoll instance add web1 -t sharedfile --disk 0:size=10G -B maxmem=1G,vcpus=2
     """
-    if size and disk_texts:
-        raise InvalidInput("-s and --disk exclude each other", hint="--disk 0:size=10G")
-    chosen = [{"size": parse_size(size, default_unit="m")}] if size else [disk_spec(words) for words in numbered(disk_texts, "--disk")]
+    chosen = _disks(size, disk_texts, image, image_format)
     primary, _, secondary = (node or "").partition(":")
     body = {
         "name": name,
@@ -110,6 +113,24 @@ def add(
         **hypervisor(hypervisor_text, kernel, initrd, append),
     }
     work.run("instance", "add", body=body, **options)
+
+
+def _disks(size: str | None, texts: tuple[str, ...], image: str | None, image_format: str | None) -> list[dict[str, Any]]:
+    """The disks of a new instance; ``--image`` fills the first one, whose size may then be left away."""
+    if size and texts:
+        raise InvalidInput("-s and --disk exclude each other", hint="--disk 0:size=10G")
+    if not image:
+        return [{"size": parse_size(size, default_unit="m")}] if size else [disk_spec(words) for words in numbered(texts, "--disk")]
+    source = image_source(image, image_format)
+    if size or not texts:
+        return [{"size": parse_size(size, default_unit="m") if size else None, "image": source}]
+    first, *more = numbered(texts, "--disk")
+    if "image" in first or "adopt" in first:
+        raise InvalidInput("disk 0 cannot be made from two images", hint="leave --image away, or image= and adopt= of --disk 0")
+    filled = {**disk_spec({"size": "1M", **first}), "image": source}
+    if "size" not in first:
+        del filled["size"]
+    return [filled, *(disk_spec(words) for words in more)]
 
 
 @instance.command()

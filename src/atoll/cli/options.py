@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from atoll.cli.output import Style
+from atoll.cli.settings import local_config
 from atoll.model.errors import AtollError, InvalidInput
 from atoll.model.units import parse_size
 
@@ -144,8 +146,35 @@ def numbered(texts: tuple[str, ...], option: str) -> list[dict[str, str]]:
     return [found[number] for number in range(len(found))]
 
 
+def image_source(text: str, image_format: str | None = None) -> dict[str, Any]:
+    """An image as ``NODE:PATH``, or ``PATH`` on this very node. Errors: InvalidInput (this machine is no node)."""
+    node, colon, path = text.partition(":")
+    if not colon or "/" in node:
+        node, path = str(local_config().get("node", "")), os.path.abspath(text)
+        if not node:
+            raise InvalidInput(f"this machine is no node of the cluster, so {text} is on none", hint=f"--image NODE:{path}")
+    if not path.startswith("/"):
+        raise InvalidInput(f"--image: {path!r} is not an absolute path on node {node}", hint=f"--image {node}:/var/lib/atoll/images/FILE")
+    if path.startswith("//"):
+        path = "/" + path.lstrip("/")
+    return {"node": node, "path": os.path.normpath(path), "format": image_format}
+
+
+def image_options(function: F) -> F:
+    """``--image`` and ``--image-format``; the command gets ``image`` and ``image_format``."""
+    kinds = click.Choice(["raw", "qcow2"])
+    for option in reversed(
+        [
+            click.option("--image", metavar="[NODE:]PATH", help="Fill it from this image: a file of this node, or of NODE."),
+            click.option("--image-format", type=kinds, help="What the image is; default: its first bytes tell."),
+        ]
+    ):
+        function = option(function)
+    return function
+
+
 def disk_spec(words: dict[str, str], option: str = "--disk") -> dict[str, Any]:
-    """A DiskSpec from ``size=10G,pool=p,adopt=image,mode=ro,name=n``; other words are options of the driver."""
+    """A DiskSpec from ``size=10G,pool=p,image=[NODE:]PATH,adopt=image,mode=ro,name=n``; other words are options of the driver."""
     rest = dict(words)
     spec: dict[str, Any] = {}
     if "size" in rest:
@@ -153,8 +182,10 @@ def disk_spec(words: dict[str, str], option: str = "--disk") -> dict[str, Any]:
     for name in ("pool", "adopt", "name", "mode"):
         if name in rest:
             spec[name] = rest.pop(name)
-    if "size" not in spec and "adopt" not in spec:
-        raise InvalidInput(f"{option}: neither size nor adopt is given", hint=f"{option} 0:size=10G")
+    if "image" in rest:
+        spec["image"] = image_source(rest.pop("image"), rest.pop("image-format", None))
+    if not spec.keys() & {"size", "adopt", "image"}:
+        raise InvalidInput(f"{option}: neither size, image nor adopt is given", hint=f"{option} 0:size=10G")
     bare = [name for name, value in rest.items() if not value]
     if bare:
         raise InvalidInput(f"{option}: {bare[0]!r} has no value", hint=f"{option} 0:size=10G,pool=POOL")

@@ -9,7 +9,7 @@ import click
 from atoll.cli import tags as tagging
 from atoll.cli import work
 from atoll.cli.lazy import OrderedGroup
-from atoll.cli.options import complete, confirm, force_option, job_options, on_node, pairs, target
+from atoll.cli.options import complete, confirm, force_option, image_options, image_source, job_options, on_node, pairs, target
 from atoll.cli.reads import info_command, list_command
 from atoll.model.units import parse_size
 
@@ -28,6 +28,7 @@ volume.add_command(info_command("volume"))
 @click.option("-p", "--pool", "-t", required=True, metavar="POOL", help="POOL, DRIVER:POOL or DRIVER.", shell_complete=complete("pool"))
 @click.option("-s", "--size", metavar="SIZE", help="Such as 10G; without a unit MiB.")
 @on_node("Where it shall be, for node-local pools.")
+@image_options
 @click.option("--adopt", metavar="IMAGE", help="Take this existing image of the pool instead of making one.")
 @click.option("-O", "--option", "settings", multiple=True, metavar="KEY=VALUE", help="An option of the driver.")
 @click.option("--tags", metavar="TAGS", help="Tags, with commas.")
@@ -37,6 +38,8 @@ def create(
     pool: str,
     size: str | None,
     node: str | None,
+    image: str | None,
+    image_format: str | None,
     adopt: str | None,
     settings: tuple[str, ...],
     tags: str | None,
@@ -49,6 +52,7 @@ def create(
         "size": parse_size(size, default_unit="m") if size else None,
         "node": node,
         "adopt": adopt,
+        "image": image_source(image, image_format) if image else None,
         "options": pairs(settings, "-O"),
         "tags": tags.split(",") if tags else [],
     }

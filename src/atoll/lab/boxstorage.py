@@ -9,7 +9,7 @@ from typing import Any
 from atoll.agent.service import Handler
 from atoll.hypervisor.memory import World
 from atoll.model.errors import Conflict, HostError, NotFound, PoolFull, PoolUnavailable, ShrinkRefused
-from atoll.model.messages import PoolRef
+from atoll.model.messages import PoolRef, Progress
 from atoll.rpc.contract import Report
 from atoll.storage import registry
 
@@ -30,6 +30,8 @@ class SharedDisks:
         self.lost: set[str] = set()
         #: Images that are served for a copy: volume -> (server, peer).
         self.served: dict[str, tuple[str, str]] = {}
+        #: Image files of nodes: (node, path) -> format and size.
+        self.files: dict[tuple[str, str], dict[str, Any]] = {}
         self.fault: StorageFault | None = None
 
     def free(self, ref: PoolRef, images: dict[str, dict[str, Any]]) -> int:
@@ -193,7 +195,16 @@ class BoxStorage:
 
     def copy_handlers(self) -> dict[str, Handler]:
         """Method -> handler."""
-        return {"copy.serve": self._serve, "copy.unserve": self._unserve, "copy.push": self._push, "copy.unpush": self._unpush}
+        return {
+            "copy.serve": self._serve,
+            "copy.unserve": self._unserve,
+            "copy.push": self._push,
+            "copy.unpush": self._nothing,
+            "image.look": self._look_at_image,
+            "image.import": self._import_image,
+            "image.push": self._import_image,
+            "image.unimport": self._nothing,
+        }
 
     async def _serve(self, args: dict[str, Any], report: Report) -> Any:
         await self._point("serve", "before")
@@ -214,8 +225,30 @@ class BoxStorage:
         self._disks.copy(args["volume"], self._node, args["server"])
         await self._point("push", "after")
 
-    async def _unpush(self, args: dict[str, Any], report: Report) -> Any:
+    async def _nothing(self, args: dict[str, Any], report: Report) -> Any:
         return None
+
+    async def _look_at_image(self, args: dict[str, Any], report: Report) -> Any:
+        found = self._disks.files.get((self._node, args["path"]))
+        if found is None:
+            raise NotFound(f"there is no image {args['path']} on {self._node}")
+        return found
+
+    async def _import_image(self, args: dict[str, Any], report: Report) -> Any:
+        """Both ways, here and to a peer that serves."""
+        await self._point("import", "before")
+        volume, server = args["volume"], args.get("server", "")
+        if not server:
+            self._find(PoolRef(**args["ref"]), args["logical_id"])
+        report(Progress(percent=50.0, text="copying the disk"))
+        await asyncio.sleep(0.5)
+        if server and self._disks.served.get(volume) != (server, self._node):
+            raise HostError(f"the copy failed: {server} does not serve {volume} to {self._node}")
+        for images in self._disks.images.values():
+            for image in images.values():
+                if image["volume"] == volume:
+                    image["content"] = args["path"]
+        await self._point("import", "after")
 
     def stalled(self) -> dict[str, str]:
         """See ``StorageAccess``."""

@@ -65,6 +65,7 @@ def plan_add(state: State, request: dict[str, Any]) -> dict[str, Any]:
                 pool=pool,
                 size=disk["size"],
                 adopt=disk["adopt"],
+                image=disk["image"],
                 node=node.id if local else None,
                 secondary=secondary if internal else None,
                 options=disk["options"],
@@ -114,7 +115,8 @@ def _prepare_add(state: State, target: str, request: InstanceAdd) -> Prepared:
     held += [name_lock(Volume, v["name"]) for v in plan["volumes"]]
     held += [f"image:{v['pool']}:{v['adopt']}" for v in plan["volumes"] if v["adopt"]]
     shared = [f"pool:{v['pool']}" for v in plan["volumes"]] + [f"group:{plan['group']}", f"node:{plan['node']}"]
-    sizes = ", ".join(format_size(v["size"]) if v["size"] else "adopted" for v in plan["volumes"]) or "no disks"
+    shared += [f"node:{v['image']['node']}" for v in plan["volumes"] if v["image"]]
+    sizes = ", ".join(format_size(v["size"]) if v["size"] else "from an image" for v in plan["volumes"]) or "no disks"
     return Prepared(frozen(request, node=plan["node"]), locks(shared, held), f"add instance {request.name} ({sizes})")
 
 
@@ -151,8 +153,9 @@ async def _run_add(job: JobContext, request: dict[str, Any]) -> Any:
     job.progress(2, f"recording instance {request['name']}")
     await job.write("record instance", record, Undo("instance.forget", {"instance": instance}))
     for index, volume in enumerate(plan["volumes"]):
-        job.progress(5 + 50 * index / len(plan["volumes"]), f"making disk {index}")
-        await make_volume(job, volume, instance=instance)
+        low, high = (5 + 50 * n / len(plan["volumes"]) for n in (index, index + 1))
+        job.progress(low, f"making disk {index}")
+        await make_volume(job, volume, instance=instance, span=(low, high))
     disks = tuple(Disk(volume=v["volume"], slot=i, mode=v["mode"]) for i, v in enumerate(plan["volumes"]))
 
     def complete() -> Changes:

@@ -167,7 +167,9 @@ def _prepare_add_disk(state: State, target: str, request: AddDisk) -> Prepared:
     home = (node.id if node else None) or instance.home
     name = request.disk.name or _disk_name(state, instance)
     check_new_name(state, Volume, name)
-    plan_volume(state, name=name, pool=pool, size=request.disk.size, adopt=request.disk.adopt, node=home, secondary=instance.secondary)
+    image = request.disk.image.model_dump(mode="json") if request.disk.image else None
+    size, adopt = request.disk.size, request.disk.adopt
+    plan_volume(state, name=name, pool=pool, size=size, adopt=adopt, image=image, node=home, secondary=instance.secondary)
     held = instance_locks(state, instance, home)
     more = [name_lock(Volume, name), *([f"image:{pool.id}:{request.disk.adopt}"] if request.disk.adopt else [])]
     return Prepared(
@@ -196,6 +198,7 @@ async def _run_add_disk(job: JobContext, request: dict[str, Any]) -> Any:
             pool=pool,
             size=request["disk"]["size"],
             adopt=request["disk"]["adopt"],
+            image=request["disk"]["image"],
             node=request["home"] if driver.node_local else None,
             secondary=instance.secondary if driver.mirroring is Mirroring.INTERNAL else None,
             options=request["disk"]["options"],

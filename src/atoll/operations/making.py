@@ -10,6 +10,7 @@ from atoll.model.errors import UNKNOWN_OUTCOME, InvalidInput, NodeUnavailable, P
 from atoll.model.ids import new_id
 from atoll.model.objects import Node, Pool, Volume, VolumeState
 from atoll.operations.common import check_new_name, check_size_for
+from atoll.operations.importing import fill, look_at_image, plan_image
 from atoll.operations.state import State
 
 
@@ -24,16 +25,20 @@ def plan_volume(
     secondary: str | None = None,
     options: dict[str, str] | None = None,
     tags: list[str] | None = None,
+    image: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All that the steps need, as JSON: ids are chosen here. ``node`` owns the disk of a node-local pool, else it just works first."""
     driver = state.driver(pool)
-    if adopt is None and size is None:
+    if adopt is None and size is None and image is None:
         raise InvalidInput("a new volume needs a size", hint="--size 10G")
+    if adopt is not None and image is not None:
+        raise InvalidInput("a volume is either adopted or made from an image", hint="leave adopt or image away")
     if adopt is not None and driver.adoption == "no":
         raise WrongState(f"driver {driver.name} cannot adopt images")
     if adopt is None and driver.adoption == "must":
         raise WrongState(f"driver {driver.name} only adopts: name an existing device", hint="--disk 0:adopt=...")
-    worker = state.pool_node(pool, prefer=node, owner=node)
+    source = plan_image(state, image) if image else None
+    worker = state.pool_node(pool, prefer=source["node"] if source else node, owner=node)
     owners = {"node": worker.id if driver.node_local else None, "secondary": secondary if driver.node_local else None}
     return {
         "volume": new_id("vol", state.rng),
@@ -41,6 +46,7 @@ def plan_volume(
         "pool": pool.id,
         "size": check_size_for(driver, size) if size is not None else 0,
         "adopt": adopt,
+        "image": source,
         "worker": worker.id,
         "options": options or {},
         "tags": tags or [],
@@ -54,9 +60,15 @@ def _forget(state: State, args: dict[str, Any]) -> Changes:
     return Changes(delete=[found] if found else [])
 
 
-async def make_volume(job: JobContext, plan: dict[str, Any], *, instance: str | None = None) -> dict[str, Any]:
-    """Record it, make (or adopt) the image, and call it available. The undo leaves neither record nor image; an adopted image stays."""
+async def make_volume(
+    job: JobContext, plan: dict[str, Any], *, instance: str | None = None, span: tuple[float, float] | None = None
+) -> dict[str, Any]:
+    """Record it, make (or adopt) the image, and call it available. The undo leaves neither record nor image; an adopted image stays.
+
+    ``span``: from which to which percent of the job this goes.
+    """
     volume = plan["volume"]
+    size, kind = plan["size"], ""
 
     def record() -> Changes:
         state: State = job.state
@@ -71,7 +83,7 @@ async def make_volume(job: JobContext, plan: dict[str, Any], *, instance: str | 
             id=volume,
             name=plan["name"],
             pool=pool.id,
-            size=plan["size"] or 512,
+            size=size or 512,
             logical_id=plan["adopt"] or "",
             node=plan["node"],
             secondary=plan["secondary"],
@@ -85,8 +97,9 @@ async def make_volume(job: JobContext, plan: dict[str, Any], *, instance: str | 
     refs = await job.read(f"refs/{volume}", lambda: _refs(job.state, plan))
     if not plan["adopt"]:
         await look_at_pool(job, volume, refs)
+    if plan["image"]:
+        size, kind = await look_at_image(job, plan)
     await job.write(f"record volume/{volume}", record, Undo("volume.forget", {"volume": volume}))
-    size = plan["size"]
     logical_id = plan["adopt"]
     for number, (node, ref) in enumerate(refs):
         if plan["adopt"]:
@@ -102,6 +115,8 @@ async def make_volume(job: JobContext, plan: dict[str, Any], *, instance: str | 
             undo=Undo("volume.uncreate", {"ref": ref, "volume": volume}, node=node, local=plan["node"] is not None),
             deadline=3600.0,
         )
+    if plan["image"]:
+        await fill(job, plan, kind, refs[0], logical_id, span)
     if plan["secondary"]:
         names = await job.read(f"copies/{volume}", lambda: [job.state.store.require(Node, n).name for n, _ in refs])
         args = {"ref": refs[0][1], "logical_id": logical_id, "primary": names[0], "secondary": names[1]}

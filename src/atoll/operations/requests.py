@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from atoll.model.units import MAX_SIZE, MIB
+from atoll.operations.image_requests import OPEN_DIRECTORY, ImageSource
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=63)]
 Ref = Annotated[str, StringConstraints(min_length=1, max_length=128)]
@@ -21,6 +22,16 @@ class Request(BaseModel):
     """The root of requests: unknown fields are errors, so that a typing mistake never passes for a default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @property
+    def only_admins(self) -> str:
+        """Why this request is for admins only although its operation is for operators too; empty = it is not."""
+        return ""
+
+
+def _foreign(images: list[ImageSource | None]) -> str:
+    outside = next((image for image in images if image and not image.open_to_operators), None)
+    return f"{outside.path} is outside of {OPEN_DIRECTORY}, where operators may take images from" if outside else ""
 
 
 class Nothing(Request):
@@ -147,8 +158,14 @@ class VolumeCreate(Request):
     node: Ref | None = None
     #: Name of an existing image in the pool, to adopt instead of making one.
     adopt: str | None = None
+    #: A file to fill it from; then the size may be left away.
+    image: ImageSource | None = None
     options: dict[str, str] = Field(default_factory=dict)
     tags: list[Tag] = Field(default_factory=list)
+
+    @property
+    def only_admins(self) -> str:
+        return _foreign([self.image])
 
 
 class VolumeGrow(Request):
@@ -162,11 +179,13 @@ class VolumeGrow(Request):
 
 
 class DiskSpec(Request):
-    """A new disk of an instance: ``size`` (or an image to ``adopt``), in ``pool`` (else the instance's ``template``)."""
+    """A new disk of an instance: ``size``, an ``image`` to fill it from (and perhaps a larger size), or an image to ``adopt``;
+    in ``pool`` (else the instance's ``template``)."""
 
     size: Size | None = None
     pool: Ref | None = None
     adopt: str | None = None
+    image: ImageSource | None = None
     name: Name | None = None
     mode: Literal["rw", "ro"] = "rw"
     options: dict[str, str] = Field(default_factory=dict)
@@ -198,6 +217,10 @@ class InstanceAdd(Request):
     append: str = ""
     start: bool = True
     tags: list[Tag] = Field(default_factory=list)
+
+    @property
+    def only_admins(self) -> str:
+        return _foreign([disk.image for disk in self.disks])
 
 
 class InstanceRemove(Request):
@@ -263,6 +286,10 @@ class AddDisk(Request):
 
     disk: DiskSpec
     template: Ref | None = None
+
+    @property
+    def only_admins(self) -> str:
+        return _foreign([self.disk.image])
 
 
 class AttachDisk(Request):

@@ -49,16 +49,19 @@ def _prepare_create(state: State, target: str, request: VolumeCreate) -> Prepare
         raise InvalidInput(f"pool {pool.name} is node-local: say on which node", hint="-n NODE")
     if request.name:
         check_new_name(state, Volume, request.name)
-    plan_volume(
-        state, name=request.name or "check", pool=pool, size=request.size, adopt=request.adopt, node=node.id if node else None
-    )  # only for its errors; ids are chosen when the job runs
+    image = request.image.model_dump(mode="json") if request.image else None
+    owner = node.id if node else None
+    # Only for its errors; ids are chosen when the job runs.
+    plan = plan_volume(state, name=request.name or "check", pool=pool, size=request.size, adopt=request.adopt, image=image, node=owner)
     held = [name_lock(Volume, request.name)] if request.name else []
     if request.adopt:
         held.append(f"image:{pool.id}:{request.adopt}")
-    size = format_size(request.size) if request.size else f"from image {request.adopt}"
+    source = request.image.path if request.image else request.adopt
+    size = " ".join([*([format_size(request.size)] if request.size else []), *([f"from image {source}"] if source else [])])
+    used = {pool.resource, *([node.resource] if node else []), *([f"node:{plan['image']['node']}"] if plan["image"] else [])}
     return Prepared(
         frozen(request, pool=pool.id, node=node.id if node else None),
-        locks(shared=[pool.resource, *([node.resource] if node else [])], exclusive=held),
+        locks(shared=used, exclusive=held),
         f"create volume {request.name or ''} ({size}) in pool {pool.name}".replace("  ", " "),
     )
 
@@ -74,13 +77,14 @@ async def _run_create(job: JobContext, request: dict[str, Any]) -> Any:
             pool=pool,
             size=request["size"],
             adopt=request["adopt"],
+            image=request["image"],
             node=request["node"],
             options=request["options"],
             tags=request["tags"],
         )
         return {**made, "name": made["name"] or made["volume"]}
 
-    return await make_volume(job, await job.read("plan", plan))
+    return await make_volume(job, await job.read("plan", plan), span=(5.0, 95.0))
 
 
 register(Operation("volume.create", VolumeCreate, _prepare_create, _run_create))

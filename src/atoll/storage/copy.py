@@ -181,27 +181,65 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 
 
 async def push(
-    path: str, host: str, port: int, server: str, tls_dir: Path, report: Callable[[Progress], None], run_dir: Path, deadline: float = 3600.0
+    path: str,
+    host: str,
+    port: int,
+    server: str,
+    tls_dir: Path,
+    report: Callable[[Progress], None],
+    run_dir: Path,
+    deadline: float = 3600.0,
+    *,
+    inherit: tuple[int, ...] = (),
 ) -> None:
-    """Copy the raw image into the one that ``server`` (the node's name) serves; flushed there when this returns.
+    """Copy the raw image into the one that ``server`` (the node's name) serves; flushed there when this returns. ``path`` may also be a
+    ``json:`` description of another image (``sources.as_qemu``), with the descriptors that its reader must ``inherit``.
 
     Errors: HostError with the words of QEMU's tools, DeadlineExceeded. If the waiting task is cancelled, the copying ends too.
     """
     tls = credentials(tls_dir, run_dir / "tls")
     target = f"driver=nbd,server.type=inet,server.host={host},server.port={port},export=disk,tls-creds=tls,tls-hostname={server}"
     secure = ["--object", f"tls-creds-x509,id=tls,dir={tls},endpoint=client,verify-peer=on"]
-    copying = ["qemu-img", "convert", "-n", "-p", "-t", "none", "-T", _cache(path), "-f", "raw", *secure]
-    copying += ["--target-image-opts", path, target]
+    copying = ["qemu-img", "convert", "-n", "-p", "-t", "none", *_reading(path), *secure, "--target-image-opts", path, target]
     # qemu-img does not tell whether its last flush failed; this does.
     flushing = ["qemu-io", *secure, "--image-opts", "-c", "flush", target]
     try:
-        await _run(copying, deadline, report)
+        await _run(copying, deadline, report, inherit)
         await _run(flushing, _FLUSH, report)
     finally:
         shutil.rmtree(run_dir, ignore_errors=True)
 
 
-async def _run(argv: list[str], deadline: float, report: Callable[[Progress], None]) -> None:
+def _reading(path: str) -> list[str]:
+    """How ``qemu-img convert`` reads its source: a plain path is a raw image, whatever its first bytes say."""
+    return ["-T", "writeback"] if path.startswith("json:") else ["-T", _cache(path), "-f", "raw"]
+
+
+async def convert(
+    source: str, target: str, report: Callable[[Progress], None], deadline: float = 3600.0, *, inherit: tuple[int, ...] = ()
+) -> None:
+    """Copy an image (as in ``push``) into the raw one at ``target``, which is there already; durable when this returns.
+
+    Errors: HostError with the words of QEMU's tools, DeadlineExceeded. If the waiting task is cancelled, the copying ends too.
+    """
+    opened = _image(target)
+    copying = ["qemu-img", "convert", "-n", "-p", "-t", _cache(target), *_reading(source), "--target-image-opts", source, opened]
+    await _run(copying, deadline, report, inherit)
+    await asyncio.wait_for(asyncio.to_thread(_make_durable, target), _FLUSH)
+
+
+def _make_durable(path: str) -> None:
+    """qemu-img does not tell whether its last flush failed; the kernel tells everybody who had the file open meanwhile, and later ones."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        raise HostError(f"{path} cannot be written out: {error.strerror}") from None
+    finally:
+        os.close(fd)
+
+
+async def _run(argv: list[str], deadline: float, report: Callable[[Progress], None], inherit: tuple[int, ...] = ()) -> None:
     # setpriv: the copying ends with the agent; the next one begins anew.
     process = await asyncio.create_subprocess_exec(
         "setpriv",
@@ -210,6 +248,7 @@ async def _run(argv: list[str], deadline: float, report: Callable[[Progress], No
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
+        pass_fds=inherit,
     )
     out, err = process.stdout, process.stderr
     assert out is not None

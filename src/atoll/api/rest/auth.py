@@ -55,6 +55,12 @@ def require(request: Request, leader: Leader, role: str) -> Caller:
     return found
 
 
+def refuse_unless_admin(found: Caller, why: str) -> None:
+    """Some requests reach further than their operation's role: ``why`` says so. Errors: Forbidden."""
+    if why and found.role != "admin":
+        raise Forbidden(f"{found.name} has the role {found.role}, and {why}", hint="let an admin do it")
+
+
 def node(request: Request, leader: Leader) -> str:
     """The id of the node whose certificate came with the request. Errors: Unauthenticated, Forbidden."""
     certificate = peer_certificate(request)

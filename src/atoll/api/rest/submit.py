@@ -84,6 +84,7 @@ def _operation(routes: APIRouter, leader: Leader, operation: Operation) -> None:
         if len(idempotency_key) > 255 or not idempotency_key.isprintable():
             raise InvalidInput("the Idempotency-Key is longer than 255 characters or not printable")
         parsed = await body.parse(request, operation.request)
+        auth.refuse_unless_admin(caller, parsed.only_admins)
         submission = await leader.submit(
             operation.name,
             request.path_params.get("target", ""),
