@@ -144,7 +144,9 @@ class GuestOrders:
         await self._attachments.detach(args["instance"], [args["volume"]])
 
     async def resize(self, args: dict[str, Any], report: Report) -> Any:
-        """Tell a running guest of its disk's new size."""
+        """Tell a running guest of its disk's new size; one that does not run sees it when it starts."""
+        if (await self._hypervisor.status(args["instance"])).state == "gone":
+            return
         found = self._attachments.connection(args["instance"], args["volume"])
         if found is None:
             raise NotFound(f"volume {args['volume']} is not attached to {args['instance']} here")

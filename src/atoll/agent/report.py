@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -16,7 +17,7 @@ from atoll.agent.memory import Memory
 from atoll.agent.standby import StandbyOrders
 from atoll.hypervisor.contract import Hypervisor
 from atoll.model.errors import AtollError
-from atoll.model.messages import NodeReport, ReplicaState
+from atoll.model.messages import PROTOCOL, NodeReport, ReplicaState
 from atoll.runtime.config import Config
 from atoll.runtime.tls import fresh_client
 from atoll.storage.contract import StorageAccess
@@ -65,6 +66,8 @@ class Reporter:
             node=self._node,
             term=self._memory.term,
             version=__version__,
+            protocol=PROTOCOL,
+            clock=time.time(),
             boot_id=self._boot_id,
             memory_total=total,
             memory_free=free,

@@ -11,8 +11,8 @@ import structlog
 from atoll import __version__
 from atoll.agent.contact import HARMLESS, Contact
 from atoll.agent.memory import Memory
-from atoll.model.errors import AtollError, DeadlineExceeded, NotFound, StepUndone, Unreachable
-from atoll.model.messages import Call, Hello, Progress
+from atoll.model.errors import AtollError, DeadlineExceeded, NotFound, StepUndone, Unreachable, VersionMismatch
+from atoll.model.messages import PROTOCOL, Call, Hello, Progress, compatible
 from atoll.rpc.contract import Report
 from atoll.runtime import faults
 
@@ -55,6 +55,11 @@ class Service:
         if call.method == "hello":
             self.memory.see_oldest_job(call.oldest_job)
             return self._hello().model_dump(mode="json")
+        if not compatible(call.protocol):
+            raise VersionMismatch(
+                f"the master speaks protocol {call.protocol}, this agent (version {__version__}) protocol {PROTOCOL}",
+                hint=f"upgrade {'the master' if call.protocol < PROTOCOL else 'this agent'}, one version at a time: docs/howto/upgrade.md",
+            )
         if call.job and call.job < self.memory.oldest_job:
             raise StepUndone(f"job {call.job} has ended; this order ({call.method}) is a late copy")
         self.memory.see_oldest_job(call.oldest_job)
@@ -75,7 +80,7 @@ class Service:
         return sorted(self._running)
 
     def _hello(self) -> Hello:
-        return Hello(node=self.node, term=self.memory.term, running=self.running, version=__version__)
+        return Hello(node=self.node, term=self.memory.term, running=self.running, version=__version__, protocol=PROTOCOL)
 
     async def _do(self, call: Call, handler: Handler, report: Report) -> Any:
         name = (call.job, call.step)

@@ -18,7 +18,7 @@ from atoll.hypervisor.memory import MemoryHypervisor, World
 from atoll.lab.boxstorage import BoxStorage, SharedDisks
 from atoll.master.leader import MasterLeader
 from atoll.model.errors import AtollError, Unreachable, from_wire
-from atoll.model.messages import NodeReport
+from atoll.model.messages import PROTOCOL, NodeReport
 from atoll.model.objects import Cluster, Group, Job, JobState, Node, Stored
 from atoll.rpc.inprocess import InProcessTransport, LinkFault
 from atoll.runtime.clock import LoopClock, VirtualLoop
@@ -69,6 +69,9 @@ class Box:
         self.mute: set[str] = set()
         #: What else a test does to orders ("request") and answers ("reply"): may wait, or raise Unreachable.
         self.link_fault: LinkFault | None = None
+        #: The protocol that an agent's reports tell, where it is not ours; seconds by which a node's clock is ahead.
+        self.protocols: dict[str, int] = {}
+        self.clock_skew: dict[str, float] = {}
         self.transport.fault = self._link
         self.world.image = self.disks.image
         self.loops = True
@@ -168,7 +171,14 @@ class Box:
         guests = await agent.hypervisor.guests()
         used = sum(g.memory for g in guests)
         report = NodeReport(
-            node=name, term=agent.memory.term, memory_total=NODE_MEMORY, memory_free=NODE_MEMORY - used, cpus=8, guests=guests
+            node=name,
+            term=agent.memory.term,
+            protocol=self.protocols.get(name, PROTOCOL),
+            clock=self.clock.now() + self.clock_skew.get(name, 0.0),
+            memory_total=NODE_MEMORY,
+            memory_free=NODE_MEMORY - used,
+            cpus=8,
+            guests=guests,
         )
         sent = self.clock.monotonic()
         try:

@@ -37,7 +37,7 @@ async def run(config: Config) -> None:
     transport = HttpsTransport(fresh_client(config.master_tls_dir))
     try:
         await check_leads(store, store_dir(config), transport)
-        leading = await LeaderStore.open(store)
+        leading = await LeaderStore.open(store, before_upgrade=lambda _, new: store.backup(store_dir(config) / f"before-layout-{new}.db"))
         if leading.get(Cluster, "cluster") is None:
             raise InvalidInput("the cluster was not made completely", hint="atoll cluster init NAME, again")
         await _lead(config, leading, transport)

@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from atoll.api.leader import Finding
+from atoll.master.verify_nodes import NodeFindings
 from atoll.master.verify_storage import StorageFindings
 from atoll.model.errors import AtollError
 from atoll.model.objects import DeathProof, Hold, Instance, Job, JobState, Node, Volume, VolumeState
@@ -26,7 +27,7 @@ class Verifier:
 
     async def look(self) -> list[Finding]:
         """All findings, errors first."""
-        found = [*self._nodes(), *self._candidates(), *self._jobs(), *self._volumes()]
+        found = [*self._nodes(), *NodeFindings(self._state).look(), *self._candidates(), *self._jobs(), *self._volumes()]
         guests = await self._guests()
         found += guests
         found += await StorageFindings(self._state, self._agents, self._engine, self._working_on).look()

@@ -200,6 +200,12 @@ class NodeUnavailable(AtollError):
     code, status, exit_code, default_hint = "node_unavailable", 409, 7, "atoll node list"
 
 
+class VersionMismatch(AtollError):
+    """Master and agent are more than one version apart; nothing was done."""
+
+    code, status, exit_code, default_hint = "version_mismatch", 409, 7, "see docs/howto/upgrade.md"
+
+
 class NoPlace(AtollError):
     """No node can take this instance."""
 

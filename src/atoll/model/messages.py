@@ -8,6 +8,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from atoll.model.objects import Boot, MachinePin, Nic
 
+#: The number of the conversation between masters and agents. It grows with each release that adds orders or changes what one means.
+PROTOCOL = 2
+
+
+def compatible(protocol: int) -> bool:
+    """Whether this version can work with a master or agent of that protocol: one step of difference is allowed, for rolling upgrades."""
+    return abs(protocol - PROTOCOL) <= 1
+
 
 class Wire(BaseModel):
     """A message. Unknown fields are ignored, so that an agent one version behind still understands."""
@@ -27,6 +35,8 @@ class Call(Wire):
     """
 
     term: int
+    #: The master's protocol; release 0.1.0 says nothing and has 1.
+    protocol: int = 1
     job: int = 0
     step: str = ""
     method: str
@@ -52,6 +62,8 @@ class Hello(Wire):
     term: int
     running: list[tuple[int, str]] = Field(default_factory=list)
     version: str = ""
+    #: The agent's protocol; release 0.1.0 says nothing and has 1.
+    protocol: int = 1
 
 
 # --- storage ---
@@ -235,6 +247,10 @@ class NodeReport(Wire):
     node: str
     term: int
     version: str = ""
+    #: The agent's protocol; release 0.1.0 says nothing and has 1.
+    protocol: int = 1
+    #: The node's clock when it reported, in seconds since 1970; None where it does not tell.
+    clock: float | None = None
     boot_id: str = ""
     memory_total: int = 0
     memory_free: int = 0

@@ -59,6 +59,10 @@ class PlacementView:
         """Whether the node answers, and has been readmitted if it was called dead."""
         return self._state.answers(node)
 
+    def speaks(self, node: str) -> bool:
+        """Whether its agent is at most one version away from this master."""
+        return self._state.speaks(node)
+
     def free_memory(self, node: str) -> int:
         """Free memory less a reserve and what claims promise beyond what the report shows."""
         report = self._state.health.report(node)
@@ -112,6 +116,8 @@ def check_usable(state: State, node: Node) -> Node:
         reason = "is drained"
     elif not state.answers(node.id):
         reason = "does not answer"
+    elif not state.speaks(node.id):
+        reason = "runs an agent that is more than one version away from this master"
     if reason:
         raise NodeUnavailable(f"node {node.name} {reason}")
     return node

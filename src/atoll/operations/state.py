@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from atoll.model.errors import AmbiguousPool, Held, NotFound, WrongState
-from atoll.model.messages import NodeReport, PoolRef
+from atoll.model.messages import NodeReport, PoolRef, compatible
 from atoll.model.objects import Claim, Cluster, DeathProof, Disk, Group, Hold, Instance, Node, Pool, Volume
 from atoll.operations.replication import Replication
 from atoll.runtime.clock import Clock
@@ -45,9 +45,14 @@ class State:
         """Whether orders reach the node with this id: it has reported lately, and no proof of its death still stands."""
         return self.health.alive(node) and not self.proved_dead(node)
 
+    def speaks(self, node: str) -> bool:
+        """Whether the node's agent is at most one version away from this master; true for one that has not reported yet."""
+        report = self.health.report(node)
+        return report is None or compatible(report.protocol)
+
     def usable(self, node: Node) -> bool:
         """Whether new work may be given to the node: it answers and is neither offline nor drained."""
-        return not node.offline and not node.drained and self.answers(node.id)
+        return not node.offline and not node.drained and self.answers(node.id) and self.speaks(node.id)
 
     def claim(self, instance: str) -> Claim:
         """The claim of an instance; a free one with generation 0 if it never ran."""
@@ -116,7 +121,7 @@ class State:
 
     def pool_nodes(self, pool: Pool) -> list[Node]:
         """The nodes whose agents can do the half of a shared pool now."""
-        return [n for n in self.store.all(Node) if n.group in pool.groups and not n.offline and self.answers(n.id)]
+        return [n for n in self.store.all(Node) if n.group in pool.groups and not n.offline and self.answers(n.id) and self.speaks(n.id)]
 
     def pool_node(self, pool: Pool, prefer: str | None = None, owner: str | None = None, exclude: Iterable[str] = ()) -> Node:
         """A node whose agent can do the pool's half: the owner of the disk for node-local pools, else one that answers.

@@ -39,6 +39,9 @@ class Cluster(Protocol):
     def alive(self, node: str) -> bool:
         """Whether the node answers."""
 
+    def speaks(self, node: str) -> bool:
+        """Whether its agent is at most one version away."""
+
     def free_memory(self, node: str) -> int:
         """Memory that no instance uses or was promised, in bytes."""
 
@@ -70,6 +73,8 @@ def _refusal(cluster: Cluster, needs: Needs, node: Node, free: int) -> str:
         return "does not have the role vm"
     if not cluster.alive(node.id):
         return "does not answer"
+    if not cluster.speaks(node.id):
+        return "runs an agent that is more than one version away from this master"
     if not node.ready:
         return "has not prepared its pools yet"
     if free < needs.memory:

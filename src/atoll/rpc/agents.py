@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from atoll.model.errors import UNKNOWN_OUTCOME, AtollError, NodeUnavailable, StaleTerm, Unreachable
-from atoll.model.messages import Call, Hello, Progress
+from atoll import __version__
+from atoll.model.errors import UNKNOWN_OUTCOME, AtollError, NodeUnavailable, StaleTerm, Unreachable, VersionMismatch
+from atoll.model.messages import PROTOCOL, Call, Hello, Progress, compatible
 from atoll.model.objects import DeathProof, Node
 from atoll.rpc.contract import Report, Transport
 from atoll.store.cache import LeaderStore
@@ -44,14 +45,29 @@ class Agents:
         self._greeted.pop(node_id, None)
 
     async def greet(self, node_id: str, deadline: float = 5.0) -> Hello:
-        """Tell the agent this term, once; it answers with the steps that it is still carrying out. Errors: Unreachable, StaleTerm."""
+        """Tell the agent this term, once; it answers with the steps that it is still carrying out.
+
+        Errors: Unreachable, StaleTerm; VersionMismatch when it is more than one version behind or ahead.
+        """
         async with self._greeting.setdefault(node_id, asyncio.Lock()):
             hello = self._greeted.get(node_id)
             if hello is None:
                 hello = Hello(**await self._send(node_id, self._call("hello", deadline=deadline), quiet))
+                self._check_version(node_id, hello)
                 self._greeted[node_id] = hello
                 self._rivals.discard(node_id)
             return hello
+
+    def _check_version(self, node_id: str, hello: Hello) -> None:
+        if compatible(hello.protocol):
+            return
+        name = self.node(node_id).name
+        who = "the agent" if hello.protocol < PROTOCOL else "this master"
+        raise VersionMismatch(
+            f"the agent on {name} has version {hello.version or 'unknown'} (protocol {hello.protocol}), this master {__version__} "
+            f"(protocol {PROTOCOL}): more than one step apart",
+            hint=f"upgrade {who}{f' on {name}' if who == 'the agent' else ''}, one version at a time: docs/howto/upgrade.md",
+        )
 
     async def acknowledged(self, node_ids: set[str], tell: Callable[[str], None] = lambda text: None) -> None:
         """Wait, for as long as it takes, until each of these agents has acknowledged this term or is proved dead."""
@@ -61,7 +77,7 @@ class Agents:
                 try:
                     await self.greet(node_id)
                     break
-                except UNKNOWN_OUTCOME as error:
+                except (*UNKNOWN_OUTCOME, VersionMismatch) as error:
                     tell(f"waiting for node {self.node(node_id).name}: {error.message}")
                     await asyncio.sleep(pause)
                     pause = min(pause * 2, 5.0)
@@ -139,7 +155,7 @@ class Agents:
         return [n for n in sorted(self._rivals) if self._store.get(Node, n) and self._store.get(DeathProof, n) is None]
 
     def _call(self, method: str, **more: Any) -> Call:
-        return Call(term=self._store.term, method=method, master=self._me, oldest_job=self._oldest_job(), **more)
+        return Call(term=self._store.term, protocol=PROTOCOL, method=method, master=self._me, oldest_job=self._oldest_job(), **more)
 
     async def _send(self, node_id: str, call: Call, report: Report) -> Any:
         try:

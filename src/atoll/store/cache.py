@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from atoll.model.errors import UNKNOWN_OUTCOME, AtollError, InvalidInput, NotFound, NotLeader, StoreError
 from atoll.model.objects import KINDS, Stored
+from atoll.store import schema
 from atoll.store.contract import CompareFailed, Store, Transaction
 from atoll.store.kinds import Shelf
 
@@ -61,16 +62,26 @@ class LeaderStore:
         self._in_flight: dict[str, asyncio.Task[None]] = {}
 
     @classmethod
-    async def open(cls, store: Store, term_key: str = "meta/term") -> LeaderStore:
+    async def open(cls, store: Store, term_key: str = "meta/term", *, before_upgrade: schema.Before | None = None) -> LeaderStore:
         """Begin a new term and read everything. From then on no older leader can commit.
 
-        Errors: NotLeader when another took the term meanwhile; StoreError when an object cannot be read; those of the store.
+        A store of an older version is brought up to this one's layout; ``before_upgrade`` (old layout, new layout) may make a backup first.
+
+        Errors: NotLeader when another took the term meanwhile; StoreError when an object cannot be read, or a newer version has written
+        the store; those of the store.
         """
+        await schema.layout_of(store)
         entry = await store.get(term_key)
         term = int(entry.value) + 1 if entry else 1
         compare = {term_key: entry.revision if entry else 0}
+        put = {term_key: str(term).encode()}
+        if entry is None:
+            # A new store has the present layout from its first moment.
+            put[schema.KEY] = str(schema.SCHEMA).encode()
+            compare[schema.KEY] = 0
         try:
-            revision = await store.transact(Transaction(put={term_key: str(term).encode()}, compare=compare))
+            revision = await store.transact(Transaction(put=put, compare=compare))
+            await schema.bring_up(store, {term_key: revision}, before_upgrade)
         except CompareFailed:
             raise NotLeader(f"another master took term {term} at the same moment") from None
         leader = cls(store, term_key, term, revision)

@@ -21,8 +21,10 @@ _TABLES = """
 CREATE TABLE IF NOT EXISTS obj (key TEXT PRIMARY KEY, rev INTEGER NOT NULL, body BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS log (rev INTEGER NOT NULL, key TEXT NOT NULL, body BLOB, PRIMARY KEY (rev, key)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
-INSERT OR IGNORE INTO meta VALUES ('schema', 1), ('rev', 0), ('compacted', 0);
+INSERT OR IGNORE INTO meta VALUES ('rev', 0), ('compacted', 0);
 """
+#: Tables of an older release: its number -> SQL that makes the next number's tables of them. (What objects look like: ``schema.py``.)
+STEPS: dict[int, str] = {}
 
 
 class Database:
@@ -48,7 +50,7 @@ class Database:
             bad = [row[0] for row in self._db.execute("PRAGMA quick_check(3)")]
             if bad != ["ok"]:
                 raise StoreError(f"{self.path} is damaged: {bad[0]}", hint="restore a backup: docs/howto/restore-the-store.md")
-            self._db.executescript(f"BEGIN IMMEDIATE; {_TABLES} COMMIT;")
+            self._bring_up()
             self._read_meta()
         except sqlite3.DatabaseError as error:
             self.close()
@@ -77,12 +79,24 @@ class Database:
         # FULL: each COMMIT waits for fsync. With less, a power cut loses what was acknowledged.
         self._db.execute("PRAGMA synchronous=FULL")
 
+    def _bring_up(self) -> None:
+        """Make the tables, or make the present ones of an older release's: all or nothing. Errors: StoreError for a newer release's."""
+        found = SCHEMA
+        if self._db.execute("SELECT 1 FROM sqlite_schema WHERE name = 'meta'").fetchone():
+            row = self._db.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()
+            found = row[0] if row else SCHEMA
+        if found > SCHEMA:
+            raise StoreError(
+                f"{self.path} was written by a newer Atoll (schema {found}, this one knows {SCHEMA})",
+                hint="upgrade this master: docs/howto/upgrade.md",
+            )
+        steps = " ".join(STEPS[number] for number in range(found, SCHEMA))
+        self._db.executescript(
+            f"BEGIN IMMEDIATE; {steps or _TABLES} INSERT OR REPLACE INTO meta VALUES ('schema', {SCHEMA}); COMMIT;"
+        )
+
     def _read_meta(self) -> None:
         meta = dict(self._db.execute("SELECT key, value FROM meta"))
-        if meta["schema"] > SCHEMA:
-            raise StoreError(
-                f"{self.path} was written by a newer Atoll (schema {meta['schema']}, this one knows {SCHEMA})", hint="upgrade this master"
-            )
         self.revision, self.compacted = meta["rev"], meta["compacted"]
 
     # --- reading ---
