@@ -71,10 +71,13 @@ class Memory:
         """Jobs before this one have ended: forget their steps, and refuse late copies of their orders from now on."""
         if number > self._oldest:
             self._db.execute("BEGIN IMMEDIATE")
-            self._db.execute("INSERT OR REPLACE INTO number VALUES ('oldest_job', ?)", (number,))
-            self._db.execute("DELETE FROM step WHERE job < ?", (number,))
+            self._see_oldest(number)
             self._db.execute("COMMIT")
             self._oldest = number
+
+    def _see_oldest(self, number: int) -> None:
+        self._db.execute("INSERT OR REPLACE INTO number VALUES ('oldest_job', ?)", (number,))
+        self._db.execute("DELETE FROM step WHERE job < ?", (number,))
 
     def refused(self, instance: str) -> int:
         """The highest generation of the instance that this node promised to refuse; 0 = none."""
@@ -103,6 +106,17 @@ class Memory:
     def set_step(self, job: int, step: str, state: str, result: Any = None) -> None:
         """Remember how far a step is."""
         self._db.execute("INSERT OR REPLACE INTO step VALUES (?, ?, ?, ?)", (job, step, state, json.dumps(result)))
+
+    def begin(self, job: int, step: str, oldest_job: int) -> None:
+        """Remember that a step runs, and what ``see_oldest_job`` would remember, with one write to the disk."""
+        if oldest_job <= self._oldest:
+            self.set_step(job, step, "running")
+            return
+        self._db.execute("BEGIN IMMEDIATE")
+        self._see_oldest(oldest_job)
+        self.set_step(job, step, "running")
+        self._db.execute("COMMIT")
+        self._oldest = oldest_job
 
     def drop_step(self, job: int, step: str) -> None:
         """The step failed without effect: a repeat may try again."""

@@ -27,6 +27,9 @@ from atoll.store.cache import LeaderStore
 from atoll.store.sqlite import SqliteStore
 
 log = structlog.get_logger()
+#: Seconds after which a thread that computes lets another one go on. Python's own 5 ms would be added to each of the store's transactions
+#: while the event loop is busy: its thread needs the interpreter again after each call into SQLite.
+SWITCH = 0.0005
 
 
 async def run(config: Config) -> None:
@@ -84,6 +87,7 @@ def main() -> None:
     try:
         config = load(options.config)
         configure(config.log_level)
+        sys.setswitchinterval(SWITCH)
         asyncio.run(run(config))
     except AtollError as error:
         print(f"Error: {error.message}\nNext: {error.hint}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from atoll.jobs.context import JobContext
@@ -136,10 +137,14 @@ async def look_at_pool(job: JobContext, volume: str, refs: list[tuple[str, dict[
 
     Errors: PoolUnavailable.
     """
-    for node, ref in refs:
-        status = await job.call(f"look at the pool/{volume} on {ref['node']}", node, "pool.check", {"ref": ref})
+
+    def usable(status: Any, name: str) -> None:
         if not status["ok"]:
-            raise PoolUnavailable(status["reason"], hint=f"atoll pool check {ref['name']}")
+            raise PoolUnavailable(status["reason"], hint=f"atoll pool check {name}")
+
+    for node, ref in refs:
+        key = f"look at the pool/{volume} on {ref['node']}"
+        await job.look(key, node, "pool.check", {"ref": ref}, accept=partial(usable, name=ref["name"]))
 
 
 def own_refs(state: State, volume: Volume) -> list[tuple[str, dict[str, Any]]]:

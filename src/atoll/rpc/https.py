@@ -63,6 +63,7 @@ class HttpsTransport:
         host = f"[{node.address}]" if ":" in node.address else node.address
         url = f"https://{host}:{node.port}/call"
         timeout = aiohttp.ClientTimeout(total=call.deadline + SLACK, sock_connect=CONNECT, sock_read=SILENT)
+        found: list[Any] = []
         try:
             # The agent's certificate must be this node's, not only some node's of the cluster.
             async with (
@@ -82,13 +83,19 @@ class HttpsTransport:
                     elif "error" in message:
                         raise from_wire(message["error"])
                     else:
-                        return message["result"]
+                        # Read on to the end: a connection that is left in the middle of an answer is not used again.
+                        found = [message["result"]]
         except aiohttp.ServerTimeoutError:
-            raise Unreachable(f"node {node.name} ({node.address}) is silent") from None
+            if not found:
+                raise Unreachable(f"node {node.name} ({node.address}) is silent") from None
         except TimeoutError:
-            raise DeadlineExceeded(f"node {node.name} did not finish {call.method} within {call.deadline:g} s") from None
+            if not found:
+                raise DeadlineExceeded(f"node {node.name} did not finish {call.method} within {call.deadline:g} s") from None
         except (aiohttp.ClientError, OSError, ssl.SSLError, json.JSONDecodeError) as error:
-            raise Unreachable(f"node {node.name} ({node.address}): {error or type(error).__name__}") from None
+            if not found:
+                raise Unreachable(f"node {node.name} ({node.address}): {error or type(error).__name__}") from None
+        if found:
+            return found[0]
         raise Unreachable(f"node {node.name} closed the connection before it answered")
 
     async def close(self) -> None:

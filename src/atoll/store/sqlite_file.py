@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 from collections.abc import Sequence
@@ -12,10 +13,13 @@ from atoll.model.errors import AtollError, StoreError, Unreachable
 from atoll.store.contract import Compacted, Entry, Event, Transaction
 from atoll.store.local import create_private
 from atoll.store.rules import compare_failed
+from atoll.store.sqlite_batch import BAD_DATA, LOOK_UP, Batch
 
 SCHEMA = 1
 #: Log rows are removed once so many revisions are too old, not one by one.
 TRIM_EVERY = 256
+#: How many keys' revisions are remembered.
+RECENT = 20_000
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS obj (key TEXT PRIMARY KEY, rev INTEGER NOT NULL, body BLOB NOT NULL) WITHOUT ROWID;
@@ -39,6 +43,8 @@ class Database:
         self.commits = 0
         self._connection: sqlite3.Connection | None = None
         self._broken = ""
+        #: The revisions of keys that were written or compared lately; 0 = there is none. Saves looking them up.
+        self._recent: dict[str, int] = {}
 
     # --- life ---
 
@@ -136,30 +142,60 @@ class Database:
 
         A failed COMMIT is StoreError when surely nothing was written (disk full), else Unreachable.
         """
-        answers: list[int | AtollError] = []
         before = (self.revision, self.compacted)
         try:
             self._db.execute("BEGIN IMMEDIATE")
-            for transaction in transactions:
-                answers.append(self._try(transaction))
+            answers, seen = self._apply(transactions)
             if self.revision != before[0]:
                 self._trim()
                 self._db.execute("UPDATE meta SET value = ? WHERE key = 'rev'", (self.revision,))
         except sqlite3.Error as error:
-            self.revision, self.compacted = before
+            self._forget(before)
             self._rollback()
             return [StoreError(f"nothing was written to {self.path}: {error}", hint=_hint(error))] * len(transactions)
         try:
             self._db.execute("COMMIT")
             self.commits += 1
         except sqlite3.Error as error:
-            self.revision, self.compacted = before
+            self._forget(before)
             failed = _commit_error(self.path, error)
             self._rollback()
             if isinstance(failed, Unreachable):
                 self._reopen()
             return [failed if isinstance(answer, int) else answer for answer in answers]
+        if len(self._recent) > RECENT:
+            self._recent.clear()
+        self._recent.update(seen)
         return answers
+
+    def _forget(self, before: tuple[int, int]) -> None:
+        """What was to be written is not in the file, or nobody knows."""
+        self.revision, self.compacted = before
+        self._recent.clear()
+
+    def _apply(self, transactions: Sequence[Transaction]) -> tuple[list[int | AtollError], dict[str, int]]:
+        """The answers, and the revisions of the keys that were touched. sqlite3.Error when the whole group is lost."""
+        batch = Batch(self.revision)
+        wanted = batch.keys(transactions)
+        if wanted is not None:
+            known = {key: self._recent[key] for key in wanted if key in self._recent}
+            missing = [key for key in wanted if key not in known]
+            if missing:
+                known.update(dict.fromkeys(missing, 0))
+                known.update(self._db.execute(LOOK_UP, (json.dumps(missing),)).fetchall())
+            answers = batch.decide(transactions, known)
+            self._db.execute("SAVEPOINT all_of_them")
+            try:
+                batch.write(self._db)
+                self._db.execute("RELEASE all_of_them")
+                self.revision = batch.revision
+                return answers, known
+            except BAD_DATA:
+                # Something is wrong with the data of one of them: one by one tells of which.
+                self._db.execute("ROLLBACK TO all_of_them")
+                self._db.execute("RELEASE all_of_them")
+        self._recent.clear()
+        return [self._try(transaction) for transaction in transactions], {}
 
     def _try(self, transaction: Transaction) -> int | AtollError:
         """Check and apply one under its savepoint. sqlite3.Error when the whole group is lost."""
@@ -178,7 +214,7 @@ class Database:
             if changed or gone:
                 db.executemany("INSERT INTO log VALUES (?, ?, ?)", [*changed, *gone])
                 self.revision = revision
-        except (sqlite3.DataError, sqlite3.InterfaceError, sqlite3.ProgrammingError, UnicodeError, OverflowError) as error:
+        except BAD_DATA as error:
             # Something is wrong with this one's data; the others of the group are not at fault.
             db.execute("ROLLBACK TO one")
             self.revision = before

@@ -99,7 +99,9 @@ def everything(directory: int) -> list[VolumeStat]:
 
 def find(directory: int, volume: str) -> str | None:
     """The finished image of a volume, whatever its name part."""
-    return next((name for name in sorted(os.listdir(directory)) if not name.startswith(".") and volume_of(name) == volume), None)
+    end = f".{volume}.raw"
+    ours = [name for name in os.listdir(directory) if name.endswith(end)]
+    return min((name for name in ours if not name.startswith(".") and volume_of(name) == volume), default=None)
 
 
 def delete(directory: int, logical_id: str, *, locking: bool) -> None:

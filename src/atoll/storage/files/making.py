@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from atoll.model.errors import AtollError, Conflict, DiskInUse, HostError, InvalidSize, PoolFull, ShrinkRefused
 from atoll.model.units import MIB, check_size, format_size
 from atoll.storage.files import locks
-from atoll.storage.files.images import TEMPORARY, describe, find, image_name, opened, volume_of
+from atoll.storage.files.images import TEMPORARY, describe, image_name, opened, volume_of
 
 #: What stays free on the file system when an image is made, in bytes: a full file system helps nobody.
 RESERVE = 64 * MIB
@@ -34,11 +34,11 @@ def create(directory: int, name: str, volume: str, size: int, *, preallocation: 
     """
     _check_size(size)
     final = image_name(name, volume)
-    present = _finished(directory, volume, size)
+    present = _finished(directory, final, size)
     if present is not None:
         return present
     with temporary(directory, TEMPORARY + volume, locking=locking) as fd:
-        present = _finished(directory, volume, size)
+        present = _finished(directory, final, size)
         if present is not None:
             # Another call finished it between our first look and our lock.
             os.unlink(TEMPORARY + volume, dir_fd=directory)
@@ -56,12 +56,13 @@ def _check_size(size: int) -> None:
         raise InvalidSize(f"the size {size} is not a multiple of {_SECTOR} bytes")
 
 
-def _finished(directory: int, volume: str, size: int) -> str | None:
-    present = find(directory, volume)
-    found = describe(directory, present) if present is not None else None
+def _finished(directory: int, final: str, size: int) -> str | None:
+    # By its name alone: a look through the whole directory for another name of the volume's would make each of ten thousand creations
+    # slower than the one before. A volume is renamed only after its creation has ended; late copies of that are refused by the agent.
+    found = describe(directory, final)
     if found is not None and found.size != size:
-        raise Conflict(f"{present} exists with {found.size} bytes, not {size}", hint="atoll cluster verify")
-    return present if found is not None else None
+        raise Conflict(f"{final} exists with {found.size} bytes, not {size}", hint="atoll cluster verify")
+    return final if found is not None else None
 
 
 @contextlib.contextmanager

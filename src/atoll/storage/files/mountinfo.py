@@ -32,10 +32,11 @@ def mount_of(fd: int) -> Mount:
     """The mount that an open file lies on. Errors: PoolUnavailable when it was unmounted under our hands."""
     # By number and not by path: a path may be covered by another mount at any moment, an open file stays where it is.
     number = next(line.split()[1] for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines() if line.startswith("mnt_id:"))
-    mounts = parse(Path("/proc/self/mountinfo").read_text())
-    if number not in mounts:
+    begin = f"{number} "
+    ours = [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if line.startswith(begin)]
+    if not ours:
         raise PoolUnavailable("the file system of the directory was unmounted just now", hint="mount it")
-    return mounts[number]
+    return parse(ours[0])[number]
 
 
 def _unescape(text: str) -> str:
