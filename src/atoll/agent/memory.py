@@ -40,6 +40,7 @@ class Memory:
         self._term: int = numbers.get("term", 0)
         self._oldest: int = numbers.get("oldest_job", 0)
         self._master: str = dict(database.execute("SELECT name, value FROM word").fetchall()).get("master", "")
+        self._written = self._oldest
 
     @property
     def term(self) -> int:
@@ -68,16 +69,11 @@ class Memory:
             self._term, self._master = term, master
 
     def see_oldest_job(self, number: int) -> None:
-        """Jobs before this one have ended: forget their steps, and refuse late copies of their orders from now on."""
-        if number > self._oldest:
-            self._db.execute("BEGIN IMMEDIATE")
-            self._see_oldest(number)
-            self._db.execute("COMMIT")
-            self._oldest = number
+        """Jobs before this one have ended: refuse late copies of their orders from now on, and forget their steps.
 
-    def _see_oldest(self, number: int) -> None:
-        self._db.execute("INSERT OR REPLACE INTO number VALUES ('oldest_job', ?)", (number,))
-        self._db.execute("DELETE FROM step WHERE job < ?", (number,))
+        This is written with the next step that begins. Whoever loses it before that still knows the steps, and refuses or joins by them.
+        """
+        self._oldest = max(self._oldest, number)
 
     def refused(self, instance: str) -> int:
         """The highest generation of the instance that this node promised to refuse; 0 = none."""
@@ -107,16 +103,22 @@ class Memory:
         """Remember how far a step is."""
         self._db.execute("INSERT OR REPLACE INTO step VALUES (?, ?, ?, ?)", (job, step, state, json.dumps(result)))
 
-    def begin(self, job: int, step: str, oldest_job: int) -> None:
-        """Remember that a step runs, and what ``see_oldest_job`` would remember, with one write to the disk."""
-        if oldest_job <= self._oldest:
+    def begin(self, job: int, step: str) -> None:
+        """Remember that a step runs, and which jobs have ended, with one write to the disk."""
+        if self._oldest == self._written:
             self.set_step(job, step, "running")
             return
         self._db.execute("BEGIN IMMEDIATE")
-        self._see_oldest(oldest_job)
-        self.set_step(job, step, "running")
-        self._db.execute("COMMIT")
-        self._oldest = oldest_job
+        try:
+            self._db.execute("INSERT OR REPLACE INTO number VALUES ('oldest_job', ?)", (self._oldest,))
+            self._db.execute("DELETE FROM step WHERE job < ?", (self._oldest,))
+            self.set_step(job, step, "running")
+            self._db.execute("COMMIT")
+        except sqlite3.Error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+        self._written = self._oldest
 
     def drop_step(self, job: int, step: str) -> None:
         """The step failed without effect: a repeat may try again."""

@@ -62,16 +62,15 @@ class Service:
             )
         if call.job and call.job < self.memory.oldest_job:
             raise StepUndone(f"job {call.job} has ended; this order ({call.method}) is a late copy")
+        self.memory.see_oldest_job(call.oldest_job)
         handler = self._handlers.get(call.method)
         if handler is None:
             raise NotFound(f"this agent (version {__version__}) does not know the order {call.method!r}", hint="upgrade the agent")
         if call.job and call.method not in HARMLESS:
             self._contact.check(call.method)
         if not call.job:
-            # Nothing of it is remembered; what an order of a job tells of ended jobs is, together with its beginning.
             return await self._bounded(asyncio.ensure_future(handler(call.args, report)), call, keep=False)
         if call.undo:
-            self.memory.see_oldest_job(call.oldest_job)
             return await self._undo(call, handler, report)
         return await self._do(call, handler, report)
 
@@ -103,7 +102,7 @@ class Service:
 
     async def _carry_out(self, call: Call, handler: Handler, running: _Running) -> Any:
         name = (call.job, call.step)
-        self.memory.begin(*name, call.oldest_job)
+        self.memory.begin(*name)
         try:
             await faults.point(f"agent:{call.method}:before")
             result = await handler(call.args, running.report)

@@ -11,7 +11,7 @@ from pydantic.json_schema import models_json_schema
 
 from atoll import __version__
 from atoll.api.leader import Leader
-from atoll.api.rest import agents, body, problems, reads, submit
+from atoll.api.rest import agents, body, lane, problems, reads, submit
 from atoll.operations.registry import OPERATIONS, Operation
 
 
@@ -21,10 +21,11 @@ def create_app(leader: Leader, operations: Mapping[str, Operation] | None = None
     # No /docs and /redoc: their pages load scripts from elsewhere.
     app = FastAPI(title="Atoll", version=__version__, openapi_url="/v1/openapi.json", docs_url=None, redoc_url=None, redirect_slashes=False)
     problems.install(app)
+    routers = [agents.router(leader), submit.router(leader, table), reads.router(leader)]
+    app.add_middleware(lane.Lane, routes=[route for router in routers for route in router.routes])
     app.add_middleware(body.BodyLimit)
-    app.include_router(agents.router(leader))
-    app.include_router(submit.router(leader, table))
-    app.include_router(reads.router(leader))
+    for router in routers:
+        app.include_router(router)
     app.openapi = lambda: _openapi(app, table)  # type: ignore[method-assign]
     return app
 
