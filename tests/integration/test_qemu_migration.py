@@ -23,6 +23,7 @@ from atoll.lab.guest import acks, check_ring
 from atoll.model.errors import Conflict, GuestError, HostError, MigrationFailed
 from atoll.model.messages import Endpoint, GuestSpec
 from atoll.model.units import MIB
+from atoll.runtime import certs
 
 pytestmark = pytest.mark.qemu
 guest_image, world = qemu_support.guest_image, qemu_support.world
@@ -295,6 +296,43 @@ async def test_a_guest_that_powers_off_on_its_way_arrives_so(world: World) -> No
     await b.resume(spec.instance)
     assert await b.stop(spec.instance, 10, world.report) is True
     assert world.ring(spec, a).ok
+
+
+async def test_the_ca_is_changed_while_it_moves(world: World) -> None:
+    """Trust both, new certificates, trust the new one: one of these steps at each moment of a migration, and again while memory moves."""
+    a, b = world.hypervisor("a"), world.hypervisor("b")
+    spec = world.spec()
+    await started(a, spec, world.report)
+    old, new = certs.create_ca("test"), certs.create_ca("test", number=2)
+    both = old.cert_pem + new.cert_pem
+
+    def save(ca: certs.KeyPair, trust: str) -> None:
+        for node in "ab":
+            pair = certs.issue(ca, "node", node, node, ["127.0.0.1"])
+            certs.save(world.place / f"tls-{node}", trust, pair.cert_pem, pair.key_pem)
+
+    save(old, both)
+    to = await b.incoming(spec, [], "a", world.report)
+    save(new, both)
+    a.tuning.bandwidth = SLOW
+    out = asyncio.create_task(a.migrate_out(spec.instance, to, [], world.report))
+    await is_at(a, spec, "active")
+    save(new, new.cert_pem)
+    await writes(a, spec)
+    async with a._session(spec.instance) as session:
+        await session.execute("migrate-set-parameters", {"max-bandwidth": 10 << 30})
+    await out
+    await a.migrate_continue(spec.instance, world.report)
+    await arrive(b, spec)
+    await a.stop(spec.instance, 30, world.report)
+    await writes(b, spec)
+    # The next one is by the new CA alone.
+    back = spec.model_copy(update={"generation": 2})
+    a.tuning.bandwidth = 10 << 30
+    await move(b, a, back, await a.incoming(back, [], "b", world.report), [], world.report)
+    await b.kill(spec.instance)
+    await writes(a, back)
+    assert world.ring(back, a, b).ok
 
 
 async def test_disks_of_one_node_move_with_the_guest(world: World) -> None:

@@ -195,7 +195,7 @@ class FakeLeader:
     async def verify(self) -> list[Finding]:
         return self.findings
 
-    async def join_token(self, name: str, group: str | None) -> str:
+    async def join_token(self, name: str, group: str | None, rejoin: bool = False) -> str:
         return f"fingerprint.secret-for-{name}-in-{group}"
 
     async def api_token(self, name: str, role: str) -> str:
@@ -215,7 +215,7 @@ class FakeLeader:
             raise Unauthenticated("this token is not known")
         return self.tokens[token]
 
-    def node_of_serial(self, serial: str) -> str:
+    def node_of_serial(self, serial: str, ident: str = "", issued: float = 0.0) -> str:
         if serial not in self.serials:
             raise Forbidden("this node was removed")
         return self.serials[serial]

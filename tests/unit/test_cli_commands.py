@@ -92,6 +92,11 @@ CASES: list[tuple[str, Sent]] = [
     ("atoll node failover node1 --node-is-dead", ("node.failover", "node1", {"node_is_dead": True})),
     ("atoll node evacuate node1", ("node.evacuate", "node1", {})),
     ("atoll node declare-dead node1 -f", ("node.declare-dead", "node1", {})),
+    ("atoll node renew node1", ("node.renew", "node1", {})),
+    ("atoll cluster renew-certificates", ("cluster.renew-certificates", "", {})),
+    ("atoll cluster rotate-ca --leave-behind", ("cluster.rotate-ca", "", {"leave_behind": True})),
+    ("gnt-cluster renew-crypto --new-cluster-certificate", ("cluster.rotate-ca", "", {})),
+    ("gnt-cluster renew-crypto --new-node-certificates", ("cluster.renew-certificates", "", {})),
     ("atoll node remove node1 -f", ("node.remove", "node1", {})),
     (
         "atoll pool add p1 -t sharedfile -O path=/srv locking=off -g default",

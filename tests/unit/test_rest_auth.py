@@ -154,11 +154,6 @@ async def test_the_socket_is_for_root(tls: Tls, monkeypatch: pytest.MonkeyPatch)
     assert (status, found["code"]) == (403, "forbidden")
 
 
-def test_serials_are_written_as_certificates_have_them() -> None:
-    pair = certs.issue(certs.create_ca("x"), "node", ident("node", 1), "n")
-    assert auth.serial({"serialNumber": f"0{int(certs.serial(pair.cert_pem), 16):X}"}) == certs.serial(pair.cert_pem)
-
-
 def test_operations_that_change_the_cluster_itself_are_for_administrators() -> None:
     for operation in OPERATIONS.values():
         if (operation.public and operation.noun in ("cluster", "group")) or operation.name in (

@@ -9,6 +9,7 @@ import sys
 
 import structlog
 
+from atoll.agent.certificates import CertificateOrders
 from atoll.agent.copying import CopyOrders
 from atoll.agent.imaging import ImageOrders
 from atoll.agent.memory import Memory, open_database
@@ -20,6 +21,7 @@ from atoll.model.errors import AtollError, InvalidInput
 from atoll.runtime.config import Config, load
 from atoll.runtime.files import lock_exclusively
 from atoll.runtime.httpserver import listening
+from atoll.runtime.keeping import KeptInFiles
 from atoll.runtime.logs import configure
 from atoll.runtime.systemd import notify_ready
 from atoll.storage.host import StorageHost
@@ -53,7 +55,9 @@ async def run(config: Config) -> None:
     copying = CopyOrders(storage, config.tls_dir, config.run_dir, config.address)
     more = {**copying.handlers(), **ImageOrders(copying, config.tls_dir).handlers()}
     standby = StandbyOrders.of(config)
-    agent = Agent(config.node, make_hypervisor(config), storage, memory, config.run_dir, more, standby=standby)
+    certificates = CertificateOrders(KeptInFiles(config.tls_dir), config.node, config.address)
+    hypervisor = make_hypervisor(config)
+    agent = Agent(config.node, hypervisor, storage, memory, config.run_dir, more, standby=standby, certificates=certificates)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from atoll import __version__
+from atoll.agent.certificates import CertificateOrders
 from atoll.agent.contact import Contact, since_boot
 from atoll.agent.disks import Attachments, StorageOrders
 from atoll.agent.guests import GuestOrders
@@ -35,19 +36,21 @@ class Agent:
         kept: dict[str, Any] | None = None,
         now: Callable[[], float] = since_boot,
         standby: StandbyOrders | None = None,
+        certificates: CertificateOrders | None = None,
     ) -> None:
         attachments = Attachments(storage, run_dir, kept)
         self.contact = Contact(memory, now)
         handlers = {
             **StorageOrders(storage, attachments).handlers(),
             **GuestOrders(hypervisor, memory, attachments, storage, self.contact).handlers(),
+            **(certificates.handlers() if certificates else {}),
             **(more or {}),
             **(standby.handlers() if standby else {}),
             "recall": self._recall,
         }
         self._node, self._standby = node, standby
-        self.hypervisor, self.storage, self.memory = hypervisor, storage, memory
-        self.reporter = Reporter(node, hypervisor, memory, storage, self.contact, standby)
+        self.hypervisor, self.storage, self.memory, self.certificates = hypervisor, storage, memory, certificates
+        self.reporter = Reporter(node, hypervisor, memory, storage, self.contact, standby, certificates)
         if standby:
             standby.told = self.reporter.news
         self.service = Service(node, memory, handlers, self.contact, self.reporter.news)

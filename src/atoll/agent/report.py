@@ -12,6 +12,7 @@ import aiohttp
 import structlog
 
 from atoll import __version__
+from atoll.agent.certificates import CertificateOrders
 from atoll.agent.contact import Contact
 from atoll.agent.memory import Memory
 from atoll.agent.standby import StandbyOrders
@@ -45,7 +46,9 @@ class Reporter:
         storage: StorageAccess,
         contact: Contact,
         standby: StandbyOrders | None = None,
+        certificates: CertificateOrders | None = None,
     ) -> None:
+        self._certificates = certificates
         self._node, self._hypervisor, self._memory, self._storage = node, hypervisor, remembered, storage
         self._contact, self._standby = contact, standby
         self._accelerator = ""
@@ -76,6 +79,7 @@ class Reporter:
             stalled_pools=self._storage.stalled(),
             accelerator=self._accelerator,
             replica=self._standby.state if self._standby else ReplicaState(),
+            **(self._certificates.facts() if self._certificates else {}),
         )
 
     async def send(self, config: Config) -> None:

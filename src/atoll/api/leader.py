@@ -85,8 +85,9 @@ class Leader(Protocol):
     async def verify(self) -> list[Finding]:
         """Look at everything: strangers, half-made things, missing things, held things."""
 
-    async def join_token(self, name: str, group: str | None) -> str:
-        """A token with which the node ``name`` may join once within 15 minutes."""
+    async def join_token(self, name: str, group: str | None, rejoin: bool = False) -> str:
+        """A token with which the node ``name`` may join once within 15 minutes. ``rejoin``: a node of the cluster that does not answer
+        comes back with it. Errors: AlreadyExists, NodeAnswers."""
 
     async def api_token(self, name: str, role: str) -> str:
         """A new API token; shown once, kept as a hash."""
@@ -100,5 +101,6 @@ class Leader(Protocol):
     def caller_of_token(self, token: str) -> Caller:
         """Who has this API token. Errors: Unauthenticated."""
 
-    def node_of_serial(self, serial: str) -> str:
-        """The id of the node with this certificate. Errors: Forbidden (removed nodes are refused by serial)."""
+    def node_of_serial(self, serial: str, ident: str = "", issued: float = 0.0) -> str:
+        """The id of the node with this certificate, which says that it is for ``ident`` and was ``issued`` then.
+        Errors: Forbidden (removed nodes, and replaced certificates, are refused by serial)."""

@@ -119,6 +119,21 @@ def token(name: str, role: str, format: str) -> None:
     click.echo("Next: keep it in a file with mode 600 and set ATOLL_TOKEN_FILE", err=True)
 
 
+@cluster.command("renew-certificates")
+@job_options
+def renew_certificates(**options: Any) -> None:
+    """Give all nodes and the master new keys and certificates now, by the same CA."""
+    work.run("cluster", "renew-certificates", body={}, **options)
+
+
+@cluster.command("rotate-ca")
+@click.option("--leave-behind", is_flag=True, help="Go on without nodes that do not answer; each comes back by: node add NAME --rejoin.")
+@job_options
+def rotate_ca(leave_behind: bool, **options: Any) -> None:
+    """Change the CA, and with it every certificate: after a master's keys were stolen, or before the CA ends. Guests notice nothing."""
+    work.run("cluster", "rotate-ca", body={"leave_behind": leave_behind}, **options)
+
+
 for _command in masters.COMMANDS:
     cluster.add_command(_command)
 tags.ours(cluster, "cluster")

@@ -155,6 +155,16 @@ def _cluster() -> click.Group:
             raise click.UsageError("nothing to change is given")
         work.run("cluster", "modify", body={"hypervisor": hypervisor, "driver_options": found or None}, **options)
 
+    @program.command("renew-crypto")
+    @click.option("--new-cluster-certificate", "ca", is_flag=True, help="Change the CA, and with it every certificate.")
+    @click.option("--new-node-certificates", "nodes", is_flag=True, help="New certificates by the same CA.")
+    @job_options
+    def renew_crypto(ca: bool, nodes: bool, **options: Any) -> None:
+        """Renew the certificates. Nothing is stopped for it."""
+        if not ca and not nodes:
+            raise click.UsageError("say what: --new-cluster-certificate or --new-node-certificates")
+        work.run("cluster", "rotate-ca" if ca else "renew-certificates", body={}, **options)
+
     @program.command()
     def version() -> None:
         """The version of this program."""

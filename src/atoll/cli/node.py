@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from atoll.cli import settings, tags, work
-from atoll.cli.client import Client
+from atoll.cli.client import Client, path_of
 from atoll.cli.cluster import set_option
 from atoll.cli.lazy import OrderedGroup
 from atoll.cli.options import complete, confirm, force_option, format_option, job_options, on_node, pairs, target, unasked_option
@@ -36,18 +36,25 @@ node.add_command(info_command("node"))
 _group_option = click.option("-g", "--group", metavar="GROUP", help="The group it joins.", shell_complete=complete("group"))
 
 
-def _token(name: str, group: str | None) -> dict[str, Any]:
-    made: dict[str, Any] = Client().send("POST", "/v1/nodes/token", {"name": name, **({"group": group} if group else {})})
+_rejoin_option = click.option(
+    "--rejoin", is_flag=True, help="A node of the cluster comes back: it lost its certificate, or was away when the CA was changed."
+)
+
+
+def _token(name: str, group: str | None, rejoin: bool) -> dict[str, Any]:
+    more: dict[str, Any] = {**({"group": group} if group else {}), **({"rejoin": True} if rejoin else {})}
+    made: dict[str, Any] = Client().send("POST", "/v1/nodes/token", {"name": name, **more})
     return made
 
 
 @node.command()
 @click.argument("name")
 @_group_option
+@_rejoin_option
 @format_option
-def token(name: str, group: str | None, format: str) -> None:
+def token(name: str, group: str | None, rejoin: bool, format: str) -> None:
     """Print a token with which the node NAME may join: once, within 15 minutes."""
-    made = _token(name, group)
+    made = _token(name, group, rejoin)
     print_data(made, format) if format != "table" else click.echo(made["token"])
 
 
@@ -57,15 +64,20 @@ def token(name: str, group: str | None, format: str) -> None:
 @click.option("--address", metavar="IP", help="The node's address.")
 @click.option("--master", metavar="URL", help="This master's address as the node sees it.")
 @click.option("--ssh", metavar="[USER@]HOST", help="Let it join right now, over ssh.")
+@_rejoin_option
 @set_option
-def add(name: str, group: str | None, address: str | None, master: str | None, ssh: str | None, overrides: tuple[str, ...]) -> None:
+def add(
+    name: str, group: str | None, address: str | None, master: str | None, ssh: str | None, rejoin: bool, overrides: tuple[str, ...]
+) -> None:
     """Add a node: prints a token and what to type there; with --ssh does it."""
     url = master or _master_url()
     address = address or (ssh.rpartition("@")[2] if ssh else None)
+    if rejoin and not address:
+        address = Client().get(path_of("node", name))["address"]
     command = ["atoll", "node", "join", "--master", url, "--name", name, "--address", address or "ADDRESS", "--token-file", "-"]
     for text in overrides:
         command += ["--set", text]
-    made = _token(name, group)["token"]
+    made = _token(name, group, rejoin)["token"]
     if ssh:
         _over_ssh(ssh, command, made)
         click.echo(f"{name} has joined.")
@@ -183,6 +195,14 @@ def declare_dead(target: str, force: bool, **options: Any) -> None:
     question = f"Are you sure that {target} is off? If it still runs its guests, their disks will be destroyed."
     confirm(question, force or options["dry_run"])
     work.run("node", "declare-dead", target, {}, **options)
+
+
+@node.command()
+@target("node", nargs=-1, required=True)
+@job_options
+def renew(targets: tuple[str, ...], **options: Any) -> None:
+    """Give nodes new keys and certificates now. It is done by itself long before they end; guests notice nothing."""
+    work.run_many("node", "renew", targets, {}, **options)
 
 
 @node.command()

@@ -82,7 +82,7 @@ class Table:
 
 
 _SIZES = {"size", "memory", "promised", "total", "free", "disk_size", "memory_total", "memory_free", "disk_total", "disk_free", "allocated"}
-_TIMES = {"created", "started", "ended", "at"}
+_TIMES = {"created", "started", "ended", "at", "certificate_expires", "ca_expires", "master_certificate_expires"}
 _AGES = {"age", "last_seen", "deadline"}
 
 
@@ -148,6 +148,8 @@ def text(value: Any, kind: str = "text", units: str = "") -> str:
         return duration(float(value))
     if kind == "time":
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(value))) if value else "-"
+    if kind == "day":
+        return time.strftime("%Y-%m-%d", time.localtime(float(value)))
     if kind == "percent":
         return f"{float(value):.0f}%"
     if isinstance(value, bool):

@@ -9,19 +9,26 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
+from atoll.agent.certificates import CertificateOrders
 from atoll.agent.memory import Memory, open_database
 from atoll.agent.node import Agent
 from atoll.api.leader import Caller, Submission
 from atoll.hypervisor.memory import MemoryHypervisor, World
 from atoll.lab.boxstorage import BoxStorage, SharedDisks
+from atoll.master.admission import Admission
+from atoll.master.authority import CertificateAuthority, sealed
 from atoll.master.leader import MasterLeader
 from atoll.model.errors import AtollError, Unreachable, from_wire
 from atoll.model.messages import PROTOCOL, NodeReport
 from atoll.model.objects import Cluster, Group, Job, JobState, Node, Stored
 from atoll.rpc.inprocess import InProcessTransport, LinkFault
+from atoll.runtime import certs
 from atoll.runtime.clock import LoopClock, VirtualLoop
+from atoll.runtime.keeping import Keeping, KeptInMemory
+from atoll.runtime.secrets import SecretBox
 from atoll.store.cache import LeaderStore
 from atoll.store.memory import Durable, MemoryStore
 
@@ -75,10 +82,13 @@ class Box:
         self.transport.fault = self._link
         self.world.image = self.disks.image
         self.loops = True
+        #: With certificates: where each node, and the master (``master``), keeps its own.
+        self.kept: dict[str, Keeping] = {}
+        self.secrets = SecretBox([bytes(range(32))], Path("memory"))
 
     @classmethod
-    async def make(cls, nodes: int = 3, seed: int = 0, *, locking: bool = True, loops: bool = True) -> Box:
-        """A running cluster with nodes node1..N in one group, and no pool yet."""
+    async def make(cls, nodes: int = 3, seed: int = 0, *, locking: bool = True, loops: bool = True, certificates: bool = False) -> Box:
+        """A running cluster with nodes node1..N in one group, and no pool yet. ``certificates``: with a CA, which no transport asks for."""
         box = cls(seed, locking=locking)
         box.loops = loops
         leader = await LeaderStore.open(MemoryStore(durable=box.durable))
@@ -89,18 +99,41 @@ class Box:
             box.nodes[f"node{number}"] = ident
             put.append(Node(id=ident, name=f"node{number}", group=group.id, address="127.0.0.1", ready=True))
         await leader.write(put=put)
+        if certificates:
+            await box._certify(leader)
         await box.boot_master()
         for name in box.nodes:
             await box.boot_agent(name)
         await box.settle_reports()
         return box
 
+    async def _certify(self, leader: LeaderStore) -> None:
+        now = self.clock.now()
+        ca = certs.create_ca("box", now=now)
+        self.kept["master"] = KeptInMemory(ca.cert_pem, certs.issue(ca, "master", "master", "node1", now=now))
+        changed: list[Stored] = [sealed(self.secrets, ca)]
+        changed.append(leader.require(Cluster, "cluster").model_copy(update={"ca_fingerprint": certs.fingerprint(ca.cert_pem)}))
+        for node in leader.all(Node):
+            pair = certs.issue(ca, "node", node.id, node.name, [node.address], now=now)
+            self.kept[node.name] = KeptInMemory(ca.cert_pem, pair)
+            changed.append(
+                node.model_copy(
+                    update={"certificate_serial": certs.serial(pair.cert_pem), "certificate_issued": certs.issued(pair.cert_pem)}
+                )
+            )
+        await leader.write(put=changed)
+
     # --- life of processes ---
 
     async def boot_master(self) -> None:
         """A new master takes a new term from the durable store."""
         self.store = MemoryStore(durable=self.durable)
-        self.leader = MasterLeader(await LeaderStore.open(self.store), self.transport, self.clock, rng=random.Random(self.rng.random()))
+        store = await LeaderStore.open(self.store)
+        admission = None
+        if self.kept:
+            authority = CertificateAuthority(store, self.secrets, self.clock, self.kept["master"], ("node1", "127.0.0.1"))
+            admission = Admission(authority, ("https://127.0.0.1:7770",))
+        self.leader = MasterLeader(store, self.transport, self.clock, admission=admission, rng=random.Random(self.rng.random()))
         await self.leader.start(loops=self.loops)
 
     async def crash_master(self) -> None:
@@ -125,6 +158,7 @@ class Box:
             storage.copy_handlers(),
             kept=self._attached.setdefault(name, {}),
             now=self.clock.monotonic,
+            certificates=CertificateOrders(self.kept[name], name, "127.0.0.1") if name in self.kept else None,
         )
         self.agents[name] = agent
         self.transport.agents[self.nodes[name]] = agent.service
@@ -179,6 +213,7 @@ class Box:
             memory_free=NODE_MEMORY - used,
             cpus=8,
             guests=guests,
+            **(agent.certificates.facts() if agent.certificates else {}),
         )
         sent = self.clock.monotonic()
         try:

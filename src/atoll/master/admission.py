@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from atoll.api.leader import Caller, JoinAnswer
-from atoll.model.errors import AlreadyExists, Forbidden, InvalidInput, TokenInvalid, Unauthenticated
+from atoll.master.authority import CertificateAuthority
+from atoll.model.errors import AlreadyExists, Forbidden, InvalidInput, NodeAnswers, TokenInvalid, Unauthenticated
 from atoll.model.ids import check_name, new_id
 from atoll.model.objects import Group, Node, Token
 from atoll.operations.state import State
@@ -19,21 +18,29 @@ JOIN_TOKEN_LIFE = 15 * 60.0
 class Admission:
     """Signs certificates with the cluster's CA and checks tokens. ``masters`` are the URLs that nodes report to."""
 
-    def __init__(self, ca: certs.KeyPair, masters: tuple[str, ...]) -> None:
-        self._ca, self._masters = ca, masters
+    def __init__(self, authority: CertificateAuthority, masters: tuple[str, ...]) -> None:
+        self.authority, self._masters = authority, masters
 
-    @classmethod
-    def load(cls, tls_dir: Path, masters: tuple[str, ...]) -> Admission:
-        """Read the CA of this master."""
-        return cls(certs.KeyPair((tls_dir / "ca.pem").read_text(), (tls_dir / "ca.key").read_text()), masters)
+    async def join_token(self, state: State, name: str, group: str | None, rejoin: bool = False) -> str:
+        """A token bound to the node's name; it carries the CA's fingerprint, so that the node knows whom to trust.
 
-    async def join_token(self, state: State, name: str, group: str | None) -> str:
-        """A token bound to the node's name; it carries the CA's fingerprint, so that the node knows whom to trust."""
+        ``rejoin``: the node is one of the cluster already, and has lost its certificate, or was away when the CA was changed.
+        """
         check_name(name, "node name")
-        if state.store.by_name(Node, name) is not None:
-            raise AlreadyExists(f"there is already a node named {name!r}", hint=f"atoll node info {name}")
-        chosen = state.store.find(Group, group) if group else self._only_group(state)
         secret = new_token()
+        node = ""
+        if rejoin:
+            known = state.store.find(Node, name)
+            if state.health.alive(known.id):
+                raise NodeAnswers(f"node {known.name} answers: its certificate is good", hint=f"atoll node renew {known.name}")
+            if group is not None:
+                raise InvalidInput("a node that comes back stays in its group", hint="leave the group away")
+            node, name, chosen = known.id, known.name, state.store.require(Group, known.group)
+        elif state.store.by_name(Node, name) is not None:
+            raise AlreadyExists(f"there is already a node named {name!r}", hint=f"atoll node info {name}; if it shall come back: --rejoin")
+        else:
+            chosen = state.store.find(Group, group) if group else self._only_group(state)
+        now = state.clock.now()
         token = Token(
             id=digest(secret)[:32],
             purpose="join",
@@ -41,10 +48,12 @@ class Admission:
             name=name,
             role="node",
             group=chosen.id,
-            expires=state.clock.now() + JOIN_TOKEN_LIFE,
+            node=node,
+            created=now,
+            expires=now + JOIN_TOKEN_LIFE,
         )
         await state.store.write(put=[token], delete=self._expired(state))
-        return f"{certs.fingerprint(self._ca.cert_pem)}.{secret}"
+        return f"{certs.fingerprint(self.authority.authorities[0].certificate)}.{secret}"
 
     def _only_group(self, state: State) -> Group:
         groups = state.store.all(Group)
@@ -68,17 +77,27 @@ class Admission:
             raise TokenInvalid("this join token has expired")
         if found.name != name:
             raise TokenInvalid(f"this join token was made for node {found.name!r}, not {name!r}")
-        if state.store.by_name(Node, name) is not None:
-            raise AlreadyExists(f"there is already a node named {name!r}", hint=f"atoll node info {name}")
-        ident = new_id("node", state.rng)
-        certificate = certs.sign_csr(self._ca, csr, "node", ident, name, [address])
-        node = Node(id=ident, name=name, group=found.group, address=address, port=port, certificate_serial=certs.serial(certificate))
-        await state.store.write(put=[node, found.model_copy(update={"used": True})])
+        if found.node:
+            node = state.store.require(Node, found.node).model_copy(update={"address": address, "port": port, "previous_serial": ""})
+        elif state.store.by_name(Node, name) is not None:
+            raise AlreadyExists(f"there is already a node named {name!r}", hint=f"atoll node info {name}; if it shall come back: --rejoin")
+        else:
+            node = Node(id=new_id("node", state.rng), name=name, group=found.group, address=address, port=port)
+        certificate = self.authority.sign(csr, node)
+        node = node.model_copy(
+            update={
+                "certificate_serial": certs.serial(certificate),
+                "certificate_issued": certs.issued(certificate),
+                "certificate_expires": certs.expires(certificate),
+            }
+        )
+        # The CA must still be the same when the node is recorded: a change of the CA lists the nodes that it has to visit.
+        await state.store.write(put=[node, found.model_copy(update={"used": True})], expect=self.authority.authorities)
         return JoinAnswer(
-            node=ident,
+            node=node.id,
             cluster=state.cluster.name,
             certificate=certificate,
-            ca=self._ca.cert_pem,
+            ca=self.authority.bundle(),
             masters=self._masters,
             hypervisor=state.cluster.hypervisor,
         )
@@ -89,7 +108,9 @@ class Admission:
         if role not in ("admin", "operator", "reader"):
             raise InvalidInput(f"there is no role {role!r}", hint="roles: admin, operator, reader")
         secret = new_token()
-        await state.store.write(put=[Token(id=digest(secret)[:32], purpose="api", digest=digest(secret), name=name, role=role)])
+        await state.store.write(
+            put=[Token(id=digest(secret)[:32], purpose="api", digest=digest(secret), name=name, role=role, created=state.clock.now())]
+        )
         return secret
 
     def caller_of_token(self, state: State, token: str) -> Caller:
@@ -99,9 +120,19 @@ class Admission:
             raise Unauthenticated("this API token is not known")
         return Caller(found.name, found.role)
 
-    def node_of_serial(self, state: State, serial: str) -> str:
-        """The node with this certificate; a removed node's is refused."""
+    def node_of_serial(self, state: State, serial: str, ident: str = "", issued: float = 0.0) -> str:
+        """The node with this certificate; a removed node's is refused, and so is one that was replaced.
+
+        ``ident``, ``issued``: what the certificate itself says. One of a node of the cluster that is newer than the store knows is good:
+        only the CA can have made it, and the store is a backup from before.
+        """
         for node in state.store.all(Node):
-            if node.certificate_serial == serial:
+            if serial in (node.certificate_serial, node.previous_serial):
                 return node.id
-        raise Forbidden("this certificate belongs to no node of the cluster", hint="atoll node add NAME, and join again")
+        known = state.store.get(Node, ident)
+        if known is not None and known.certificate_issued and issued > known.certificate_issued:
+            return known.id
+        raise Forbidden(
+            "this certificate belongs to no node of the cluster, or was replaced",
+            hint="atoll node token NAME --rejoin; or atoll node add NAME",
+        )

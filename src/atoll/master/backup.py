@@ -157,7 +157,7 @@ def restore(
     old = next((found for found in copy.nodes() if found.name == manifest["node"]), None)
     me = next((found for found in copy.nodes() if found.name == name), None) or _new_node(entries, name)
     me = me.model_copy(update={"address": where, "port": config.agent_port})
-    me = _node_certificate(config, copy.ca, me, dry_run)
+    me = _node_certificate(config, copy, me, dry_run)
     config = config.model_copy(update={"hypervisor": copy.cluster.hypervisor})
     copy = replace(copy, master=old.id if old is not None and old.id != me.id else "")
     made = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest["created"]))
@@ -183,12 +183,19 @@ def _new_node(entries: dict[str, bytes], name: str) -> Node:
     return Node(id=new_id("node", random.SystemRandom()), name=name, group=groups[0].id, address="", roles=("master-candidate",))
 
 
-def _node_certificate(config: Config, ca: certs.KeyPair, me: Node, dry_run: bool) -> Node:
+def _node_certificate(config: Config, copy: Copy, me: Node, dry_run: bool) -> Node:
     """A node whose certificate is the one of the record keeps it; else it gets another, as when it joins."""
     present = config.tls_dir / "cert.pem"
     if present.exists() and certs.serial(present.read_text()) == me.certificate_serial:
         return me
-    pair = certs.issue(ca, "node", me.id, me.name, [me.address])
+    pair = certs.issue(copy.ca, "node", me.id, me.name, [me.address])
     if not dry_run:
-        certs.save(config.tls_dir, ca.cert_pem, pair.cert_pem, pair.key_pem)
-    return me.model_copy(update={"certificate_serial": certs.serial(pair.cert_pem)})
+        certs.save(config.tls_dir, copy.trusted, pair.cert_pem, pair.key_pem)
+    return me.model_copy(
+        update={
+            "certificate_serial": certs.serial(pair.cert_pem),
+            "previous_serial": "",
+            "certificate_issued": certs.issued(pair.cert_pem),
+            "certificate_expires": certs.expires(pair.cert_pem),
+        }
+    )

@@ -11,6 +11,7 @@ import structlog
 
 from atoll.api.rest.app import create_app
 from atoll.master.admission import Admission
+from atoll.master.authority import CertificateAuthority
 from atoll.master.leader import MasterLeader
 from atoll.master.recall import check_leads, note_deposed, refuse_deposed
 from atoll.master.setup import own_url, read_keyring, store_dir
@@ -50,11 +51,15 @@ async def run(config: Config) -> None:
 
 
 async def _lead(config: Config, leading: LeaderStore, transport: HttpsTransport) -> None:
+    clock = SystemClock()
+    authority = await CertificateAuthority.load(leading, config, clock)
+    # First of all: what this master shows and trusts may be from before the CA was changed.
+    authority.settle()
     leader = MasterLeader(
         leading,
         transport,
-        SystemClock(),
-        admission=Admission.load(config.master_tls_dir, (own_url(config),)),
+        clock,
+        admission=Admission(authority, (own_url(config),)),
         node=config.node,
         url=own_url(config),
         keyring=lambda: read_keyring(config),

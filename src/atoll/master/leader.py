@@ -14,10 +14,11 @@ from atoll.jobs.engine import Engine
 from atoll.master.admission import Admission
 from atoll.master.announce import Announcer
 from atoll.master.health import HealthMonitor
+from atoll.master.keeper import CertificateKeeper
 from atoll.master.reconcile import Reconciler
 from atoll.master.shipping import Run, Shipper
 from atoll.master.spaces import SpaceMonitor
-from atoll.master.verify import Verifier
+from atoll.master.verify import SEVERITIES, Verifier
 from atoll.model.errors import AtollError, NodeAnswers, NotLeader
 from atoll.model.messages import NodeReport, Progress, Space
 from atoll.model.objects import DeathProof, Hold, Job, JobState, Node, Pool, Stored, Volume
@@ -63,6 +64,8 @@ class MasterLeader:
         self.agents = Agents(store, transport, self.engine.oldest_job, own.id if own else "")
         self._shipper = Shipper(self._state, self.agents, keyring, run)
         self._admission = admission
+        self._state.signer = admission.authority if admission else None
+        self.keeper = CertificateKeeper(self._state, self.submit_internal, self.engine.busy)
         self._spaces = SpaceMonitor(self._state, self.agents)
         self._verifier = Verifier(self._state, self.agents, self.engine)
         self._tasks: list[asyncio.Task[None]] = []
@@ -96,7 +99,8 @@ class MasterLeader:
             self._background(Reconciler(self).run())
             self._background(self._clean())
             self._background(self._spaces.run())
-            self._state.store.listeners.append(self._noticed)
+            self._background(self.keeper.run())
+            self._state.store.listeners += [self._noticed, self.keeper.noticed]
 
     async def stop(self) -> None:
         """Stop working. Jobs stay in the store as they are."""
@@ -180,7 +184,7 @@ class MasterLeader:
 
     async def verify(self) -> list[Finding]:
         """See ``api.leader.Leader``."""
-        return await self._verifier.look()
+        return sorted([*await self._verifier.look(), *self.keeper.findings()], key=lambda f: SEVERITIES.get(f.severity, 3))
 
     # --- nodes ---
 
@@ -215,9 +219,9 @@ class MasterLeader:
         self._check_leads()
         return {"term": self._state.store.term, "dead": self._state.proved_dead(node)}
 
-    async def join_token(self, name: str, group: str | None) -> str:
+    async def join_token(self, name: str, group: str | None, rejoin: bool = False) -> str:
         """See ``api.leader.Leader``."""
-        return await self._gate().join_token(self._state, name, group)
+        return await self._gate().join_token(self._state, name, group, rejoin)
 
     async def api_token(self, name: str, role: str) -> str:
         """See ``api.leader.Leader``."""
@@ -231,9 +235,9 @@ class MasterLeader:
         """See ``api.leader.Leader``."""
         return self._gate().caller_of_token(self._state, token)
 
-    def node_of_serial(self, serial: str) -> str:
+    def node_of_serial(self, serial: str, ident: str = "", issued: float = 0.0) -> str:
         """See ``api.leader.Leader``."""
-        return self._gate().node_of_serial(self._state, serial)
+        return self._gate().node_of_serial(self._state, serial, ident, issued)
 
     def _gate(self) -> Admission:
         if self._admission is None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from atoll.agent.hostsetup import settle_in
 from atoll.agent.join import configured
+from atoll.master.authority import sealed
 from atoll.model.errors import AlreadyExists, HostError
 from atoll.model.ids import check_name, new_id
 from atoll.model.objects import Cluster, Group, Node
@@ -80,7 +81,7 @@ async def _init(name: str, config: Config) -> None:
         master = certs.issue(ca, "master", ident, config.node, [config.address])
         certs.save(config.master_tls_dir, ca.cert_pem, master.cert_pem, master.key_pem)
         write_durably(config.master_tls_dir / "ca.key", ca.key_pem, 0o600)
-        SecretBox.load_or_create(config.etc_dir / MASTER_KEY)
+        box = SecretBox.load_or_create(config.etc_dir / MASTER_KEY)
         first = Node(
             id=ident,
             name=config.node,
@@ -89,8 +90,10 @@ async def _init(name: str, config: Config) -> None:
             port=config.agent_port,
             roles=("master-candidate", "storage-controller", "vm"),
             certificate_serial=certs.serial(pair.cert_pem),
+            certificate_issued=certs.issued(pair.cert_pem),
+            certificate_expires=certs.expires(pair.cert_pem),
         )
         cluster = Cluster(id="cluster", name=name, ca_fingerprint=certs.fingerprint(ca.cert_pem), hypervisor=config.hypervisor)
-        await leader.write(put=[cluster, group, first])
+        await leader.write(put=[cluster, group, first, sealed(box, ca)])
     finally:
         await store.close()

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from atoll.agent.hostsetup import settle_in
+from atoll.master.authority import in_order, opened
 from atoll.master.health import HealthMonitor
 from atoll.master.recall import TERM, recall
 from atoll.master.revive import JUMP, Revived, Reviver
@@ -28,7 +29,7 @@ from atoll.master.setup import MASTER_KEY, own_url
 from atoll.master.shipping import ROLE
 from atoll.model.errors import AtollError, HostError, InUse, InvalidInput, NeedsProof, NodeAnswers, NotFound, Unreachable
 from atoll.model.messages import Call, Recalled
-from atoll.model.objects import Cluster, Node
+from atoll.model.objects import Authority, Cluster, Node
 from atoll.operations.all import OPERATIONS
 from atoll.operations.state import State
 from atoll.rpc.agents import quiet
@@ -38,6 +39,7 @@ from atoll.runtime.clock import SystemClock
 from atoll.runtime.config import Config, dump
 from atoll.runtime.files import fsync_dir, lock_exclusively, lock_holder, write_durably
 from atoll.runtime.masters import write_masters
+from atoll.runtime.secrets import SecretBox
 from atoll.runtime.tls import client_context, fresh_client
 from atoll.store.cache import LeaderStore
 from atoll.store.contract import Transaction
@@ -58,12 +60,24 @@ class Copy:
     keyring: Mapping[str, str] = field(repr=False)
     master: str = ""
 
+    def authorities(self) -> list[Authority]:
+        """The CAs that the store knows, the current one first."""
+        return in_order(Authority.model_validate_json(value) for key, value in self.entries.items() if key.startswith("authorities/"))
+
     @property
     def ca(self) -> certs.KeyPair:
-        """The certificate authority. Errors: InvalidInput."""
+        """The certificate authority that signs: the store's, else that of the keys. Errors: InvalidInput, HostError."""
+        known = self.authorities()
+        if known and MASTER_KEY in self.keyring:
+            return opened(SecretBox.of(self.keyring[MASTER_KEY], Path(MASTER_KEY)), known[0])
         if "ca.pem" not in self.keyring or "ca.key" not in self.keyring:
             raise InvalidInput("the key of the certificate authority is missing in this copy", hint="use another copy")
         return certs.KeyPair(self.keyring["ca.pem"], self.keyring["ca.key"])
+
+    @property
+    def trusted(self) -> str:
+        """All CAs that are trusted (PEM); more than one while the CA is being changed. Errors: those of ``ca``."""
+        return "".join(authority.certificate for authority in self.authorities()) or self.ca.cert_pem
 
     def nodes(self) -> list[Node]:
         """The nodes that it knows."""
@@ -111,7 +125,7 @@ class Succession:
         lock = lock_exclusively(config.state_dir / "succession.lock")
         try:
             pair = certs.issue(self._copy.ca, "master", self._me.id, self._me.name, [config.address])
-            certs.save(self._tls, self._copy.ca.cert_pem, pair.cert_pem, pair.key_pem)
+            certs.save(self._tls, self._copy.trusted, pair.cert_pem, pair.key_pem)
             return await self._succeed(HttpsTransport(fresh_client(self._tls)), dry_run)
         finally:
             for left in (self._tls, self._scratch):
@@ -248,7 +262,8 @@ class Succession:
         found = leader.get(Node, self._me.id) or self._me
         roles = tuple(sorted({*found.roles, ROLE}))
         update = {"roles": roles, "holds_keys": False, "address": self._me.address, "port": self._me.port}
-        return found.model_copy(update={**update, "certificate_serial": self._me.certificate_serial})
+        shown = ("certificate_serial", "previous_serial", "certificate_issued", "certificate_expires")
+        return found.model_copy(update={**update, **{name: getattr(self._me, name) for name in shown}})
 
     def _others(self, leader: LeaderStore) -> list[Node]:
         """Who may have been the master has its keys."""

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from atoll.rpc.agents import Agents
 
 
+#: The worst first.
+SEVERITIES = {"error": 0, "warning": 1, "info": 2}
+
+
 class Verifier:
     """Compares records, agents and storage."""
 
@@ -31,8 +35,7 @@ class Verifier:
         guests = await self._guests()
         found += guests
         found += await StorageFindings(self._state, self._agents, self._engine, self._working_on).look()
-        order = {"error": 0, "warning": 1, "info": 2}
-        return sorted(found, key=lambda f: (order.get(f.severity, 3), f.about))
+        return sorted(found, key=lambda f: (SEVERITIES.get(f.severity, 3), f.about))
 
     def _nodes(self) -> list[Finding]:
         found = []

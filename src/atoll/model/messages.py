@@ -261,3 +261,8 @@ class NodeReport(Wire):
     stalled_for: dict[str, float] = Field(default_factory=dict)
     accelerator: str = ""
     replica: ReplicaState = ReplicaState()
+    #: The serial of the certificate that it uses, when that was made and when it ends; and the fingerprints of the CAs that it trusts.
+    certificate: str = ""
+    certificate_issued: float = 0.0
+    certificate_expires: float = 0.0
+    trusts: tuple[str, ...] = ()

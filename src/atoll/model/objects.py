@@ -40,6 +40,10 @@ class Cluster(Stored):
     name: str
     #: sha256 of the DER form of the cluster's CA certificate, lower-case hex.
     ca_fingerprint: str = ""
+    #: What marks on storage call the cluster: the fingerprint of its first CA, whatever CA it has now. Empty: it has that one still.
+    identity: str = ""
+    #: Masters have their own certificates renewed that are older than this (seconds since 1970).
+    certificates_since: float = 0.0
     hypervisor: str = "qemu"
     #: Driver -> option -> value: defaults of new pools (``shared_file_dir`` of Ganeti is ``{"sharedfile": {"path": ...}}``).
     driver_options: dict[str, dict[str, str]] = Field(default_factory=dict)
@@ -69,6 +73,11 @@ class Node(Stored):
     offline: bool = False
     drained: bool = False
     certificate_serial: str = ""
+    #: While its certificate is being renewed: the serial of the one that it used until then. It is accepted, too.
+    previous_serial: str = ""
+    #: When its certificate was made, and when it ends, in seconds since 1970; 0 = not known.
+    certificate_issued: float = 0.0
+    certificate_expires: float = 0.0
     #: Whether the pools of its group have been prepared on it.
     ready: bool = False
     #: Whether it may hold a copy of the store and the keys of a master, so that it may have become the master.
@@ -332,8 +341,39 @@ class Token(Stored):
     name: str
     role: Literal["admin", "operator", "reader", "node"] = "reader"
     group: str = ""
+    #: The id of the node that may come back with it; empty: a new one joins.
+    node: str = ""
+    #: When it was made (seconds since 1970); 0 = not known.
+    created: float = 0.0
     expires: float | None = None
     used: bool = False
 
 
-KINDS: tuple[type[Stored], ...] = (Cluster, Group, Node, Pool, Volume, Instance, Claim, DeathProof, Hold, Job, Step, IdempotencyKey, Token)
+class Authority(Stored):
+    """A certificate authority of the cluster. There is one, but for a rotation: then the new one is ``coming`` until all trust it, and
+    the old one ``leaving`` until nobody needs it. Its id is the beginning of its fingerprint."""
+
+    kind, noun = "authorities", "authority"
+    certificate: str
+    #: The private key, sealed under the key file of the masters.
+    key: str = Field(repr=False)
+    state: Literal["coming", "current", "leaving"] = "current"
+    number: int = 1
+
+
+KINDS: tuple[type[Stored], ...] = (
+    Cluster,
+    Group,
+    Node,
+    Pool,
+    Volume,
+    Instance,
+    Claim,
+    DeathProof,
+    Hold,
+    Job,
+    Step,
+    IdempotencyKey,
+    Token,
+    Authority,
+)

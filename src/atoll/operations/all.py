@@ -1,6 +1,7 @@
 """Importing this registers every operation."""
 
 from atoll.operations import (
+    certificates,
     groups,
     instance_add,
     instance_admin,
@@ -18,6 +19,7 @@ from atoll.operations.registry import OPERATIONS
 
 __all__ = [
     "OPERATIONS",
+    "certificates",
     "groups",
     "instance_add",
     "instance_admin",

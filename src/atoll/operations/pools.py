@@ -100,9 +100,7 @@ async def _run_add(job: JobContext, request: dict[str, Any]) -> Any:
     def plan() -> dict[str, Any]:
         state: State = job.state
         ident = new_id("pool", state.rng)
-        ref = PoolRef(
-            id=ident, name=request["name"], driver=request["driver"], options=request["options"], cluster=state.cluster.ca_fingerprint
-        )
+        ref = PoolRef(id=ident, name=request["name"], driver=request["driver"], options=request["options"], cluster=state.identity)
         nodes = [(n.id, n.name) for n in _members(state, request["groups"])]
         return {"pool": ident, "ref": ref.model_dump(mode="json"), "nodes": nodes}
 
@@ -181,7 +179,7 @@ async def _run_connect(job: JobContext, request: dict[str, Any]) -> Any:
     def plan() -> dict[str, Any]:
         state: State = job.state
         pool = state.store.require(Pool, request["id"])
-        ref = PoolRef(id=pool.id, name=pool.name, driver=pool.driver, options=pool.options, cluster=state.cluster.ca_fingerprint)
+        ref = PoolRef(id=pool.id, name=pool.name, driver=pool.driver, options=pool.options, cluster=state.identity)
         nodes = [(n.id, n.name) for n in _members(state, [request["group"]])]
         return {"ref": ref.model_dump(mode="json"), "nodes": nodes}
 

@@ -48,6 +48,17 @@ class ClusterModify(Request):
     hypervisor: Literal["qemu", "fake"] | None = None
 
 
+class ClusterRenewCertificates(Request):
+    """Give every node that answers, and the master, a new certificate."""
+
+
+class RotateCa(Request):
+    """Change the cluster's CA: all trust old and new, everything is signed anew, the old one is destroyed."""
+
+    #: Go on without nodes that do not answer; they come back by a token.
+    leave_behind: bool = False
+
+
 class TagsChange(Request):
     """Add and remove tags."""
 
@@ -98,6 +109,10 @@ class NodeModify(Request):
     offline: bool | None = None
     drained: bool | None = None
     roles: list[str] | None = None
+
+
+class NodeRenew(Request):
+    """Give the node a new key and certificate."""
 
 
 class NodeRemove(Request):

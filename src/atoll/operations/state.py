@@ -8,7 +8,7 @@ from typing import Protocol
 
 from atoll.model.errors import AmbiguousPool, Held, NotFound, WrongState
 from atoll.model.messages import NodeReport, PoolRef, compatible
-from atoll.model.objects import Claim, Cluster, DeathProof, Disk, Group, Hold, Instance, Node, Pool, Volume
+from atoll.model.objects import Authority, Claim, Cluster, DeathProof, Disk, Group, Hold, Instance, Node, Pool, Volume
 from atoll.operations.replication import Replication
 from atoll.runtime.clock import Clock
 from atoll.storage import registry
@@ -29,17 +29,52 @@ class Health(Protocol):
         """Seconds since its newest report; None = never."""
 
 
+class Signer(Protocol):
+    """The certificate authority of the master that leads."""
+
+    def make(self) -> Authority:
+        """A new one, ``coming``; it is not stored yet."""
+
+    def bundle(self, *states: str) -> str:
+        """The certificates (PEM) of the CAs in these states, all by default; the current one first."""
+
+    def sign(self, csr: str, node: Node) -> str:
+        """A certificate (PEM) for the node by the current CA. Errors: InvalidInput."""
+
+    def expires(self) -> float:
+        """When this master's own certificate ends, in seconds since 1970. Errors: HostError."""
+
+    def settle(self) -> None:
+        """Let this master's own files follow the store: whom it trusts, and its own certificate. Errors: HostError."""
+
+
 class State:
-    """The cluster as it is now. Reads are from memory; nothing here changes anything."""
+    """The cluster as it is now. Reads are from memory; nothing here changes anything.
+
+    ``signer`` is None where no certificates are used.
+    """
 
     def __init__(self, store: LeaderStore, health: Health, clock: Clock, rng: random.Random) -> None:
         self.store, self.health, self.clock, self.rng = store, health, clock, rng
         self.replication = Replication()
+        self.signer: Signer | None = None
 
     @property
     def cluster(self) -> Cluster:
         """The cluster's own record."""
         return self.store.require(Cluster, "cluster")
+
+    @property
+    def identity(self) -> str:
+        """What marks on storage call this cluster."""
+        return self.cluster.identity or self.cluster.ca_fingerprint
+
+    @property
+    def authority(self) -> Signer:
+        """Who signs certificates. Errors: WrongState."""
+        if self.signer is None:
+            raise WrongState("this master has no certificate authority", hint="atoll cluster info")
+        return self.signer
 
     def answers(self, node: str) -> bool:
         """Whether orders reach the node with this id: it has reported lately, and no proof of its death still stands."""
@@ -68,9 +103,7 @@ class State:
 
     def ref(self, pool: Pool, node: Node) -> PoolRef:
         """The pool as a driver on that node sees it."""
-        return PoolRef(
-            id=pool.id, name=pool.name, driver=pool.driver, options=pool.options, node=node.name, cluster=self.cluster.ca_fingerprint
-        )
+        return PoolRef(id=pool.id, name=pool.name, driver=pool.driver, options=pool.options, node=node.name, cluster=self.identity)
 
     def volumes_of(self, instance: Instance) -> list[tuple[Disk, Volume]]:
         """The disks of an instance with their volumes, in disk order."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from atoll.model.errors import NotFound
+from atoll.model.errors import HostError, NotFound
 from atoll.model.messages import Progress
-from atoll.model.objects import Group, Instance, Job, JobState, Node, Pool, Step, Volume, VolumeState
+from atoll.model.objects import Authority, Group, Instance, Job, JobState, Node, Pool, Step, Volume, VolumeState
 from atoll.operations.index import Index, Row, Spaces
 from atoll.operations.instance_views import instance
+from atoll.runtime import certs
 from atoll.storage import registry
 from atoll.storage.contract import DriverInfo
 
@@ -33,6 +34,8 @@ def cluster(state: State) -> Row:
         "id": record.id,
         "hypervisor": record.hypervisor,
         "ca_fingerprint": record.ca_fingerprint,
+        "ca_expires": _ca_expires(state),
+        "master_certificate_expires": _master_expires(state),
         "driver_options": record.driver_options,
         "drivers": [info.name for info in registry.drivers()],
         "tags": list(record.tags),
@@ -66,6 +69,19 @@ def replica_words(state: State, item: Node) -> str:
     if found["state"] != "behind":
         return str(found["state"])
     return f"{found['behind']} changes behind, {found['seconds']:.0f} s"
+
+
+def _ca_expires(state: State) -> float | None:
+    """When the CA that signs ends."""
+    return min((certs.expires(a.certificate) for a in state.store.all(Authority) if a.state == "current"), default=None)
+
+
+def _master_expires(state: State) -> float | None:
+    """When the certificate of the master that leads ends; None = not known."""
+    try:
+        return state.signer.expires() if state.signer else None
+    except HostError:
+        return None
 
 
 def group(item: Group, index: Index) -> Row:
@@ -129,6 +145,8 @@ def node(item: Node, index: Index) -> Row:
         "replica": replica_words(index.state, item),
         "offline": item.offline,
         "drained": item.drained,
+        "certificate": (report.certificate if report else "") or item.certificate_serial,
+        "certificate_expires": ((report.certificate_expires if report else 0.0) or item.certificate_expires) or None,
         "version": report.version if report else "",
         "accelerator": report.accelerator if report else "",
         "stalled_pools": {index.pool_name(p): why for p, why in report.stalled_pools.items()} if report else {},

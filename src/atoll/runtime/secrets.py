@@ -53,13 +53,18 @@ class SecretBox:
             raise HostError(f"cannot use the key file {target}: {error}") from None
         if mode & 0o077:
             raise HostError(f"others may read the key file {target} (mode {mode:04o})", hint=f"chmod 600 {target}")
+        return cls.of(" ".join(lines), target)
+
+    @classmethod
+    def of(cls, text: str, path: Path) -> SecretBox:
+        """Of a key file's content; ``path`` is for messages. Errors: HostError when it is damaged."""
         try:
-            keys = [_decode(line) for line in lines]
+            keys = [_decode(line) for line in text.split()]
         except ValueError:
             keys = []
         if not keys or any(len(key) != 32 for key in keys):
-            raise HostError(f"the key file {target} is damaged", hint="restore it from a backup: without it no secret can be opened")
-        return cls(keys, target)
+            raise HostError(f"the key file {path} is damaged", hint="restore it from a backup: without it no secret can be opened")
+        return cls(keys, path)
 
     def seal(self, plain: bytes, context: str) -> str:
         """Encrypt: a text that only ``open`` with the same context (such as ``token:ID``) turns back. Each call gives another text."""

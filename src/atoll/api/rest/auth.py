@@ -14,6 +14,7 @@ from fastapi import Request
 
 from atoll.api.leader import Caller, Leader
 from atoll.model.errors import Forbidden, Unauthenticated
+from atoll.runtime import certs
 
 _RANK = {"reader": 1, "operator": 2, "admin": 3}
 
@@ -22,11 +23,6 @@ def peer_certificate(request: Request) -> dict[str, Any] | None:
     """The verified certificate of the client, as ``ssl`` tells it; None if it has none."""
     found: dict[str, Any] | None = request.scope.get("state", {}).get("peer")
     return found
-
-
-def serial(certificate: dict[str, Any]) -> str:
-    """A certificate's serial number: hex digits, lower case, no leading zeros."""
-    return f"{int(certificate['serialNumber'], 16):x}"
 
 
 def caller(request: Request, leader: Leader) -> Caller:
@@ -66,4 +62,7 @@ def node(request: Request, leader: Leader) -> str:
     certificate = peer_certificate(request)
     if not certificate:
         raise Unauthenticated("this address is for agents, with their node's certificate", hint="atoll node join")
-    return leader.node_of_serial(serial(certificate))
+    found = certs.identity(certificate)
+    if found is None or found.role != "node":
+        raise Forbidden("this is not the certificate of a node", hint="atoll node join")
+    return leader.node_of_serial(found.serial, found.id, found.issued)

@@ -21,11 +21,12 @@ _CREATES, _DELETES = ("add", "create"), ("remove", "delete")
 
 
 class NodeTokenRequest(BaseModel):
-    """For which node the join token is, and the group it shall be in."""
+    """For which node the join token is, and the group it shall be in; ``rejoin``: it is one of the cluster and shall come back."""
 
     model_config = ConfigDict(extra="forbid")
     name: Name
     group: Ref | None = None
+    rejoin: bool = False
 
 
 class ApiTokenRequest(BaseModel):
@@ -147,7 +148,7 @@ def _tokens(routes: APIRouter, leader: Leader) -> None:
     async def node_token(request: Request) -> Response:
         auth.require(request, leader, "admin")
         wanted = await body.parse(request, NodeTokenRequest)
-        token = await leader.join_token(wanted.name, wanted.group)
+        token = await leader.join_token(wanted.name, wanted.group, wanted.rejoin)
         return answer({"name": wanted.name, "token": token}, 201, {"Cache-Control": "no-store"})
 
     @routes.post("/v1/tokens", tags=["cluster"], summary="A new API token, shown once", openapi_extra=_with_body(ApiTokenRequest))
