@@ -1,7 +1,7 @@
 # Atoll: `make help` tells what there is.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint bench clean
+.PHONY: help setup demo test faults check lint bench clean
 
 # How many tests run side by side; those that start guests or labs take turns whatever this is.
 JOBS ?= 2
@@ -22,6 +22,10 @@ demo:  ## shows what Atoll does, in about half a minute (KEEP=1 leaves the lab; 
 test:  ## runs every test (as root: also those with real guests and nodes)
 	@scripts/setup.sh test
 	@$(PYTEST) $(TESTS)
+
+faults:  ## runs every fault test at full length and counts the cases (ONLY="simulation conformance store processes guests": some of it)
+	@scripts/setup.sh test
+	@.venv/bin/python scripts/run_faults.py --jobs $(JOBS) $(ONLY)
 
 check:  ## a look in under a minute: lint, and the fast tests
 	@scripts/setup.sh check

@@ -4,9 +4,33 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import structlog
+
+from atoll.lab.box import Box
+
+#: Clusters that were made in this process.
+_clusters = 0
+_make = Box.make
+
+
+async def _counted(*args: Any, **options: Any) -> Box:
+    global _clusters
+    _clusters += 1
+    return await _make(*args, **options)
+
+
+Box.make = _counted  # type: ignore[method-assign]
+
+
+@pytest.fixture(autouse=True)
+def counting(record_property: Any) -> Iterator[None]:
+    """How many clusters a test has made: one test of the matrix is many cases (see scripts/run_faults.py)."""
+    before = _clusters
+    yield
+    record_property("clusters", _clusters - before)
 
 
 @pytest.fixture(autouse=True, scope="session")
