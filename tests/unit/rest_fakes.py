@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from atoll.api.events import Hub
 from atoll.api.leader import Caller, Finding, JoinAnswer, Submission
 from atoll.model.errors import AtollError, Forbidden, KeyReused, TokenInvalid, Unauthenticated, WrongState
 from atoll.model.messages import GuestStatus, NodeReport, Progress, Space
@@ -93,6 +94,7 @@ class FakeLeader:
         self.health = FakeHealth()
         self._state = State(store, self.health, FixedClock(), random.Random(1))
         self.script = Script()
+        self.events = Hub(store, lambda number: self._progress.get(number, Progress()))
         self.asked: list[tuple[str, str, dict[str, Any], Caller, str]] = []
         self.steered: list[tuple[str, int, str | None]] = []
         self.reported: list[tuple[str, NodeReport]] = []
@@ -164,6 +166,7 @@ class FakeLeader:
 
     def _tell(self, number: int, progress: Progress) -> None:
         self._progress[number] = progress
+        self.events.progress(number, progress)
         self._changed.set()
         self._changed = asyncio.Event()
 

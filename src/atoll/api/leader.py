@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from atoll.api.events import Hub
 from atoll.model.messages import NodeReport, Progress
 from atoll.model.objects import Job
 from atoll.operations.state import State
@@ -60,6 +61,10 @@ class Leader(Protocol):
     @property
     def state(self) -> State:
         """The cluster as it is: stored objects (``state.store``) and what agents report (``state.alive``, ``state.report``)."""
+
+    @property
+    def events(self) -> Hub:
+        """What changes, as it changes."""
 
     async def submit(
         self, operation: str, target: str, request: dict[str, Any], *, who: Caller, key: str = "", dry_run: bool = False

@@ -6,6 +6,7 @@ import http.client
 import json
 import socket
 import time
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
@@ -93,28 +94,29 @@ class Client:
             except NotLeader:
                 turned += 1
                 if turned < len(self._urls):
-                    self._next_master()
+                    self.next_master()
                 elif method != "GET" or time.monotonic() > until:
                     raise
                 else:
                     # Whoever watches a job waits for the next leader, as for one that restarts.
                     time.sleep(0.3)
-                    self._next_master()
+                    self.next_master()
             except ConnectionLost as lost:
                 self.close()
                 arrived = arrived or lost.sent
                 turned += 1
                 if turned < len(self._urls):
-                    self._next_master()
+                    self.next_master()
                     continue
                 if lost.late:
                     raise DeadlineExceeded(f"{self.where} gave no answer within {timeout:.0f} s", hint="atoll job list") from None
                 # A request that never left is not tried again: most likely no master is there at all.
                 if time.monotonic() > until or (method != "GET" and not arrived):
-                    raise self._unreachable(str(lost), arrived and method != "GET") from None
+                    raise self.unreachable(str(lost), arrived and method != "GET") from None
                 time.sleep(0.3)
 
-    def _unreachable(self, why: str, arrived: bool) -> AtollError:
+    def unreachable(self, why: str, arrived: bool = False) -> AtollError:
+        """The error for a master that does not answer. ``arrived``: a change may have reached it."""
         if arrived:
             return Unreachable(f"the connection to {self.where} was lost: {why}; the request may have arrived", hint="atoll job list")
         hint = "run this as root on a master, or set ATOLL_MASTER, ATOLL_CA and ATOLL_TOKEN_FILE"
@@ -124,7 +126,8 @@ class Client:
             hint = f"this node follows the master at {', '.join(settings.followed())}: type it there"
         return Unreachable(f"no master answers at {self.where}: {why}", hint=hint)
 
-    def _next_master(self) -> None:
+    def next_master(self) -> None:
+        """Talk to the next of several masters from now on."""
         self.close()
         if self._urls:
             self._urls.append(self._urls.pop(0))
@@ -134,6 +137,37 @@ class Client:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+    def stream(
+        self, path: str, query: dict[str, Any], after: int | None, *, timeout: float
+    ) -> Iterator[tuple[str, int | None, dict[str, Any]]]:
+        """The Server-Sent Events of an address: name (empty for a sign of life), id, data. Ends when the master ends it.
+
+        ``after``: the last id that was seen. ``timeout``: seconds without a byte. Errors: ConnectionLost; what the problem says.
+        """
+        wanted = {name: value for name, value in query.items() if value is not None}
+        headers = {"Accept": "text/event-stream, application/problem+json"}
+        if after is not None:
+            headers["Last-Event-ID"] = str(after)
+        if self._token:
+            headers["Authorization"] = f"Bearer {self._token}"
+        self.close()
+        connection = self._connection = self._open()
+        try:
+            if connection.sock is not None:
+                connection.sock.settimeout(timeout)
+            connection.request("GET", f"{path}?{urlencode(wanted)}", headers=headers)
+            response = connection.getresponse()
+            if response.status >= 400:
+                content = response.read()
+                raise _error(json.loads(content) if content else None, response.status)
+            yield from _events(response)
+        except TimeoutError:
+            raise ConnectionLost("it fell silent", sent=True, late=True) from None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise ConnectionLost(str(error) or type(error).__name__, sent=True) from None
+        finally:
+            self.close()
 
     def _open(self) -> http.client.HTTPConnection:
         if not self._urls:
@@ -197,6 +231,22 @@ class Client:
         if response.status >= 400:
             raise _error(data, response.status)
         return data
+
+
+def _events(response: http.client.HTTPResponse) -> Iterator[tuple[str, int | None, dict[str, Any]]]:
+    name, ident, data = "", None, ""
+    for raw in response:
+        line = raw.decode().rstrip("\n")
+        field, _, value = line.partition(": ")
+        if field == "event":
+            name = value
+        elif field == "id":
+            ident = int(value)
+        elif field == "data":
+            data = value
+        elif not line:
+            yield name, ident, json.loads(data) if data else {}
+            name, ident, data = "", None, ""
 
 
 def _error(problem: Any, status: int) -> AtollError:

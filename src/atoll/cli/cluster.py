@@ -136,4 +136,13 @@ def rotate_ca(leave_behind: bool, **options: Any) -> None:
 
 for _command in masters.COMMANDS:
     cluster.add_command(_command)
+@cluster.command()
+@click.argument("nouns", nargs=-1)
+@click.option("--after", type=click.IntRange(0), metavar="ID", help="Begin with what came after the event with this id.")
+@format_option
+def events(nouns: tuple[str, ...], after: int | None, format: str) -> None:
+    """What changes in the cluster, while it changes, until Ctrl-C: of these NOUNS (instance, job, node...), or of all."""
+    import_module("atoll.cli.follow").events(Client(), nouns, after, format)
+
+
 tags.ours(cluster, "cluster")

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from atoll.cli import work
+from atoll.cli import follow, work
 from atoll.cli.client import Client, path_of
 from atoll.cli.columns import JOBS
 from atoll.cli.lazy import OrderedGroup
@@ -38,12 +38,17 @@ job.add_command(info_command("job"))
 
 
 @job.command()
-@target("job")
+@click.argument("target", metavar="[JOB]", required=False, shell_complete=complete("job"))
 @format_option
-def watch(target: str, format: str) -> None:
-    """Show a job's progress until it ends. Ctrl-C stops the watching, not the job."""
+def watch(target: str | None, format: str) -> None:
+    """Show a job's progress until it ends; without JOB, what all jobs do, until Ctrl-C. Ctrl-C stops the watching, not the job."""
     client = Client()
-    work.finish(client, client.get(path_of("job", target))["id"], format)
+    if target is None:
+        follow.jobs(client, format)
+        return
+    number = client.get(path_of("job", target))["id"]
+    follow.job(client, number)
+    work.finish(client, number, format)
 
 
 @job.command()

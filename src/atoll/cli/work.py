@@ -18,7 +18,7 @@ from atoll.model.errors import AtollError, NeedsAttention, from_wire
 #: Seconds of one long poll, and how long a master may be away while we watch, and how long
 #: a job that tells nothing is waited for in silence.
 POLL, AWAY, GRACE = 20.0, 120.0, 0.5
-_LAST = ("done", "undone", "needs-attention")
+LAST = ("done", "undone", "needs-attention")
 
 
 def run(
@@ -160,11 +160,11 @@ def _tell_result(result: Any, indent: str = "  ") -> None:
 
 def watch(client: Client, number: int) -> dict[str, Any]:
     """Show a job's progress on stderr until it has ended or needs attention. Ctrl-C leaves the job alone and says so."""
-    show = _Line() if sys.stderr.isatty() else _Lines()
+    show = progress_shown()
     try:
         job: dict[str, Any] = client.get(f"/v1/jobs/{number}", patience=AWAY)
         began = time.monotonic()
-        while job["state"] not in _LAST:
+        while job["state"] not in LAST:
             # A job that ends at once needs no line that says it is queued.
             early = time.monotonic() - began < GRACE
             if not early or (job.get("progress") or {}).get("text"):
@@ -177,6 +177,11 @@ def watch(client: Client, number: int) -> dict[str, Any]:
     finally:
         show.clear()
     return job
+
+
+def progress_shown() -> _Lines:
+    """What shows a job's progress on stderr: one line that is written over on a terminal, else a line per news."""
+    return _Line() if sys.stderr.isatty() else _Lines()
 
 
 def _words(job: dict[str, Any]) -> str:

@@ -35,6 +35,8 @@ class Engine:
         self.operation = operation
         self.agents: Agents
         self.stopping = False
+        #: Called with each progress of a job.
+        self.on_progress: Callable[[int, Progress], None] | None = None
         self._locks = LockTable()
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._progress: dict[int, Progress] = {}
@@ -95,6 +97,8 @@ class Engine:
         """Remember it, and wake those who watch."""
         self._progress[number] = progress
         self._wake(number)
+        if self.on_progress is not None:
+            self.on_progress(number, progress)
 
     async def wait(self, number: int, seconds: float) -> Job:
         """The job when it has changed or made progress, or after ``seconds``."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import structlog
 
+from atoll.api.events import Hub
 from atoll.api.leader import Caller, Finding, JoinAnswer, Submission
 from atoll.jobs.engine import Engine
 from atoll.master.admission import Admission
@@ -67,6 +68,8 @@ class MasterLeader:
         self._state.signer = admission.authority if admission else None
         self.keeper = CertificateKeeper(self._state, self.submit_internal, self.engine.busy)
         self._spaces = SpaceMonitor(self._state, self.agents)
+        self.events = Hub(store, self.engine.progress)
+        self.engine.on_progress = self.events.progress
         self._verifier = Verifier(self._state, self.agents, self.engine)
         self._tasks: list[asyncio.Task[None]] = []
         self._ready, self._all_heard = asyncio.Event(), asyncio.Event()
@@ -108,6 +111,7 @@ class MasterLeader:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
+        self.events.close("this master ends")
         await self.engine.stop()
         await self.agents.close()
 

@@ -245,6 +245,12 @@ class DeadlineExceeded(AtollError):
     code, status, exit_code, default_hint = "deadline_exceeded", 504, 8, "atoll job info JOB"
 
 
+class TooManyStreams(AtollError):
+    """As many clients follow the events as this master allows."""
+
+    code, status, exit_code, default_hint = "too_many_streams", 503, 8, "close some, or ask now and then instead: atoll job info JOB"
+
+
 class Cancelled(AtollError):
     """Somebody cancelled the job."""
 

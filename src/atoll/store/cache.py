@@ -53,6 +53,8 @@ class LeaderStore:
         self.listeners: list[Callable[[Stored | None, Stored | None], None]] = []
         #: The revision of the newest transaction of this leader; what the store holds beyond it nobody has been told of.
         self.revision = term_revision
+        #: How many transactions were told of later than newer ones: their answers had been lost at first.
+        self.late = 0
         #: Whether agents have told of a newer master: then this store must never lead again.
         self.superseded = False
         self._why = ""
@@ -81,10 +83,11 @@ class LeaderStore:
             compare[schema.KEY] = 0
         try:
             revision = await store.transact(Transaction(put=put, compare=compare))
-            await schema.bring_up(store, {term_key: revision}, before_upgrade)
+            upgraded = await schema.bring_up(store, {term_key: revision}, before_upgrade)
         except CompareFailed:
             raise NotLeader(f"another master took term {term} at the same moment") from None
         leader = cls(store, term_key, term, revision)
+        leader.revision = max(revision, upgraded)
         entries, _ = await store.list("")
         kinds = {kind.kind: kind for kind in KINDS}
         for entry in entries:
@@ -228,6 +231,7 @@ class LeaderStore:
             for key in change.delete:
                 del self._revisions[key]
             self._revisions.update(dict.fromkeys(change.put, revision))
+            self.late += revision < self.revision
             self.revision = max(self.revision, revision)
         finally:
             for key in change.keys:

@@ -54,15 +54,17 @@ async def bring_up(
     *,
     schema: int = SCHEMA,
     steps: Mapping[int, Callable[[Objects], None]] = STEPS,
-) -> None:
-    """Make the store's layout the present one. ``guard``: keys with revisions that must not have changed, such as the leader's term.
+) -> int:
+    """Make the store's layout the present one; the revision of the transaction that did it, 0 if none was needed.
+
+    ``guard``: keys with revisions that must not have changed, such as the leader's term.
 
     Errors: StoreError for a newer layout, one that no step leads from, or an object that is not JSON; CompareFailed when ``guard`` does
     not hold; those of ``before`` and of the store, and then nothing was changed.
     """
     found, mark = await layout_of(store, schema), await store.get(KEY)
     if found == schema and mark is not None:
-        return
+        return 0
     put: dict[str, bytes] = {}
     delete: tuple[str, ...] = ()
     compare = {**guard, KEY: mark.revision if mark else 0}
@@ -73,9 +75,10 @@ async def bring_up(
         compare.update({entry.key: entry.revision for entry in entries if entry.key in put or entry.key in delete})
         if before is not None:
             await before(found, schema)
-    await store.transact(Transaction(put={**put, KEY: str(schema).encode()}, delete=delete, compare=compare))
+    revision = await store.transact(Transaction(put={**put, KEY: str(schema).encode()}, delete=delete, compare=compare))
     if found < schema:
         log.info("the store's layout was changed", before=found, now=schema, changed=len(put), removed=len(delete))
+    return revision
 
 
 def _changes(

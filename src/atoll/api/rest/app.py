@@ -11,7 +11,7 @@ from pydantic.json_schema import models_json_schema
 
 from atoll import __version__
 from atoll.api.leader import Leader
-from atoll.api.rest import agents, body, lane, problems, reads, submit
+from atoll.api.rest import agents, body, lane, problems, reads, stream, submit
 from atoll.operations.registry import OPERATIONS, Operation
 
 
@@ -21,7 +21,7 @@ def create_app(leader: Leader, operations: Mapping[str, Operation] | None = None
     # No /docs and /redoc: their pages load scripts from elsewhere.
     app = FastAPI(title="Atoll", version=__version__, openapi_url="/v1/openapi.json", docs_url=None, redoc_url=None, redirect_slashes=False)
     problems.install(app)
-    routers = [agents.router(leader), submit.router(leader, table), reads.router(leader)]
+    routers = [agents.router(leader), submit.router(leader, table), reads.router(leader), stream.router(leader)]
     app.add_middleware(lane.Lane, routes=[route for router in routers for route in router.routes])
     app.add_middleware(body.BodyLimit)
     for router in routers:

@@ -8,9 +8,10 @@ from dataclasses import asdict
 from typing import Annotated, Any, Protocol, runtime_checkable
 
 from fastapi import APIRouter, Query, Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from atoll.api.leader import Leader
+from atoll.api.metrics import MEDIA_TYPE, JobDurations, exposition
 from atoll.api.rest import auth
 from atoll.model.errors import InvalidInput
 from atoll.model.messages import Space
@@ -65,6 +66,14 @@ def job_row(leader: Leader, target: str) -> Row:
 def router(leader: Leader) -> APIRouter:
     """The routes of ``GET /v1``; every role may use them."""
     routes = APIRouter()
+    durations = JobDurations()
+    leader.state.store.listeners.append(durations.changed)
+
+    @routes.get("/metrics", tags=["cluster"], summary="Figures for Prometheus", response_class=PlainTextResponse)
+    async def metrics(request: Request) -> Response:
+        auth.require(request, leader, "reader")
+        text = exposition(leader.state, _spaces(leader) or {}, leader.events, durations)
+        return Response(text, media_type=MEDIA_TYPE)
 
     @routes.get("/v1/cluster", tags=["cluster"], summary="The cluster")
     async def cluster(request: Request) -> Response:
