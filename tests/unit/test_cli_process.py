@@ -54,6 +54,8 @@ class Shell:
 
     async def start(self, *words: str, env: dict[str, str] | None = None, **more: Any) -> asyncio.subprocess.Process:
         pipes = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE, "stderr": asyncio.subprocess.PIPE, **more}
+        # Whoever runs the tests in the background may have Ctrl-C ignored, and children inherit that.
+        pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
         return await asyncio.create_subprocess_exec(*ATOLL, *words, env=env or self.environment(), **pipes)
 
     async def __call__(self, line: str, *, input: str = "", env: dict[str, str] | None = None) -> Ended:

@@ -164,7 +164,8 @@ async def proceed(source: Source, report: Report) -> MigrationFigures:
         report(Progress(percent=99.0, text="switching over"))
         try:
             await mirror.finish(source.session, wanted.get("copy", []), source.tuning)
-            await source.session.execute("migrate-continue", {"state": PAUSED})
+            # Until the target has read all there is, QEMU may not answer; the watchdog ends that first.
+            await source.session.execute("migrate-continue", {"state": PAUSED}, limit=source.tuning.switchover)
         except Refused:
             pass  # it has moved on, or the watchdog was faster: its state tells
         except MigrationFailed:
@@ -174,7 +175,6 @@ async def proceed(source: Source, report: Report) -> MigrationFigures:
         raise GuestError(f"the migration of guest {source.files.guest} is not at its switchover yet, but {info['status']}")
     async with asyncio.timeout(source.tuning.switchover):
         with source.session.events("MIGRATION") as events:
-            # Until the target has read all there is, QEMU may not answer; the watchdog ends that first.
             while (info := await source.info(source.tuning.switchover))["status"] not in ENDED:
                 await events.next(0.25)
     if info["status"] != "completed":
