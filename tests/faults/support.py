@@ -11,7 +11,7 @@ import socket
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -71,9 +71,9 @@ class Held:
 class Cluster:
     """Nodes with daemons that have fault files; a shared pool ``shared``. The master's node takes no guests unless ``all_vm``."""
 
-    def __init__(self, name: str, nodes: int = 3, *, bandwidth: int = 0, all_vm: bool = False) -> None:
+    def __init__(self, name: str, nodes: int = 3, *, bandwidth: int = 0, all_vm: bool = False, binds: Sequence[str] = ()) -> None:
         self.image = build(CACHE)
-        self.lab = Lab.create(name, nodes, binds=[str(CACHE)])
+        self.lab = Lab.create(name, nodes, binds=[str(CACHE), *binds])
         try:
             make_cluster(self.lab, "qemu")
             with ThreadPoolExecutor(len(self.lab.nodes)) as pool:
@@ -257,6 +257,10 @@ class Cluster:
         if more.get("start", True):
             self.acks.beyond(instance, 0)
         return instance
+
+    def writer(self, delay: int) -> str:
+        """The kernel command line of a guest that writes with pauses of so many microseconds."""
+        return append(ctr="vda", ctrdelay=delay)
 
     def states(self, instance: str) -> dict[str, str]:
         """What the agents that answer say of the guest."""

@@ -70,11 +70,11 @@ class Nodes:
             file.truncate(size)
 
     async def serve(self, peer: str = "a") -> tuple[int, int]:
-        return await copy.serve(str(self.target), "127.0.0.1", self.tls("b"), peer, self.server)
+        return await copy.serve(seen(self.target), "127.0.0.1", self.tls("b"), peer, self.server)
 
     async def push(self, port: int, node: str = "a", server: str = "b", deadline: float = 60.0) -> None:
         run_dir = self.place / f"run-{node}-out"
-        await copy.push(str(self.source), "127.0.0.1", port, server, self.tls(node), self.seen.append, run_dir, deadline)
+        await copy.push(seen(self.source), "127.0.0.1", port, server, self.tls(node), self.seen.append, run_dir, deadline)
         assert not run_dir.exists()
 
 
@@ -83,6 +83,12 @@ async def nodes(tmp_path: Path) -> AsyncIterator[Nodes]:
     made = Nodes(tmp_path)
     yield made
     await copy.unserve(made.server)
+
+
+def seen(path: Path) -> copy.Image:
+    """As an agent knows it from its pool's worker."""
+    status = path.stat() if path.exists() else None
+    return copy.Image(str(path), direct=True, sparse=status is not None and status.st_blocks * 512 < status.st_size)
 
 
 def _running(pid: int) -> bool:
@@ -132,7 +138,7 @@ async def test_an_image_is_imported_here_and_to_a_peer(nodes: Nodes, kind: str, 
     with sources.opened(str(image)) as fd:
         source = sources.as_qemu(fd, kind)
         if how == "here":
-            await copy.convert(source, str(nodes.target), nodes.seen.append, 60.0, inherit=(fd,))
+            await copy.convert(source, seen(nodes.target), nodes.seen.append, 60.0, inherit=(fd,))
         else:
             port, _ = await nodes.serve()
             place = ("127.0.0.1", port, "b", nodes.tls("a"), nodes.seen.append, nodes.place / "run-a-out", 60.0)

@@ -93,12 +93,13 @@ async def test_a_pool_that_hangs_holds_up_no_other(host: StorageHost, ref: PoolR
 
 async def test_a_stalled_pool_says_so(host: StorageHost, ref: PoolRef, monkeypatch: pytest.MonkeyPatch) -> None:
     await prepared(host, ref)
-    worker = host._worker(ref.id, "volumes")
+    worker = host._pools[ref.id].worker
     monkeypatch.setattr(worker, "stalled", lambda: "3 processes hang in the kernel")
-    worker._reason = "3 processes hang in the kernel"
+    monkeypatch.setattr(worker, "hanging", lambda: ("3 processes hang in the kernel", 61.0))
     with pytest.raises(PoolUnavailable, match="hang in the kernel"):
         await host.pool(ref, "volumes", 30)
     assert host.stalled() == {"pool-a": "3 processes hang in the kernel"}
+    assert host.stalled_for() == {"pool-a": 61.0}
 
 
 async def test_the_probe_lock_is_kept_between_calls(host: StorageHost, ref: PoolRef) -> None:

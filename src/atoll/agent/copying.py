@@ -7,6 +7,7 @@ from typing import Any
 
 from atoll.agent.disks import QUICK
 from atoll.agent.service import Handler
+from atoll.model.errors import HostError
 from atoll.model.messages import Connection, PoolRef
 from atoll.rpc.contract import Report
 from atoll.storage import copy
@@ -27,24 +28,26 @@ class CopyOrders:
         """Where the run-time files of a copy are."""
         return self._run_dir / "copies" / volume
 
-    async def path(self, args: dict[str, Any]) -> str:
-        """The image's path here, by way of the pool's own halves."""
+    async def image(self, args: dict[str, Any]) -> copy.Image:
+        """The image here, by way of the pool's own halves. Errors: HostError (it is not there), and theirs."""
         ref = PoolRef(**args["ref"])
         stat = await self._storage.pool(ref, "stat", QUICK, logical_id=args["logical_id"])
-        size = stat["size"] if stat else 0
+        if stat is None:
+            raise HostError(f"there is no image {args['logical_id']} to copy", hint="atoll cluster verify")
         connection = Connection(
-            **await self._storage.pool(ref, "connection", QUICK, logical_id=args["logical_id"], volume=args["volume"], size=size)
+            **await self._storage.pool(ref, "connection", QUICK, logical_id=args["logical_id"], volume=args["volume"], size=stat["size"])
         )
         found = await self._storage.connector(
             ref.id, connection.driver, "attach", QUICK, connection=connection.model_dump(mode="json"), access="userspace"
         )
-        return str(found["path"])
+        direct = bool(((found.get("blockdev") or {}).get("cache") or {}).get("direct"))
+        return copy.Image(str(found["path"]), direct, sparse=stat["allocated"] < stat["size"])
 
     async def serve(self, args: dict[str, Any], report: Report) -> Any:
         """Serve the image to the peer; the port."""
         run_dir = self.directory(args["volume"])
         await copy.unserve(run_dir)
-        port, _ = await copy.serve(await self.path(args), self._address, self._tls_dir, args["peer"], run_dir)
+        port, _ = await copy.serve(await self.image(args), self._address, self._tls_dir, args["peer"], run_dir)
         return port
 
     async def unserve(self, args: dict[str, Any], report: Report) -> Any:
@@ -54,7 +57,7 @@ class CopyOrders:
     async def push(self, args: dict[str, Any], report: Report) -> Any:
         """Copy the image into the peer's; it is durable there when this returns."""
         await copy.push(
-            await self.path(args), args["host"], args["port"], args["server"], self._tls_dir, report, self.directory(args["volume"])
+            await self.image(args), args["host"], args["port"], args["server"], self._tls_dir, report, self.directory(args["volume"])
         )
 
     async def unpush(self, args: dict[str, Any], report: Report) -> Any:

@@ -45,7 +45,7 @@ class ImageOrders:
     async def fill(self, args: dict[str, Any], report: Report) -> Any:
         """Copy the image into a volume that this node reaches; it is durable there when this returns."""
         await self._looked_at(args)
-        target = await self._copies.path(args)
+        target = await self._copies.image(args)
         with sources.opened(args["path"]) as fd:
             sources.look(fd, args["path"], args["format"])
             await copy.convert(sources.as_qemu(fd, args["format"]), target, report, _LONG, inherit=(fd,))

@@ -77,6 +77,7 @@ class Reporter:
             cpus=os.cpu_count() or 1,
             guests=await self._hypervisor.guests(),
             stalled_pools=self._storage.stalled(),
+            stalled_for=self._storage.stalled_for(),
             accelerator=self._accelerator,
             replica=self._standby.state if self._standby else ReplicaState(),
             **(self._certificates.facts() if self._certificates else {}),

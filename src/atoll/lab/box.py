@@ -213,6 +213,8 @@ class Box:
             memory_free=NODE_MEMORY - used,
             cpus=8,
             guests=guests,
+            stalled_pools=agent.storage.stalled(),
+            stalled_for=agent.storage.stalled_for(),
             **(agent.certificates.facts() if agent.certificates else {}),
         )
         sent = self.clock.monotonic()

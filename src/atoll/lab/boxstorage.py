@@ -28,6 +28,8 @@ class SharedDisks:
         self.taken: dict[str, int] = {}
         #: Pools (ids) whose storage is not there.
         self.lost: set[str] = set()
+        #: Node (name) -> pool (id) -> why it does not answer there: calls are refused.
+        self.stalled: dict[str, dict[str, str]] = {}
         #: Images that are served for a copy: volume -> (server, peer).
         self.served: dict[str, tuple[str, str]] = {}
         #: Image files of nodes: (node, path) -> format and size.
@@ -60,6 +62,8 @@ class BoxStorage:
 
     async def pool(self, ref: PoolRef, method: str, deadline: float, **args: Any) -> Any:
         """See ``StorageAccess``."""
+        if why := self._disks.stalled.get(self._node, {}).get(ref.id):
+            raise PoolUnavailable(f"pool {ref.name} is stalled: {why}")
         await self._point(method, "before")
         result = getattr(self, "_" + method)(ref, **args)
         await self._point(method, "after")
@@ -183,6 +187,8 @@ class BoxStorage:
 
     async def connector(self, pool: str, driver: str, method: str, deadline: float, **args: Any) -> Any:
         """See ``StorageAccess``."""
+        if why := self._disks.stalled.get(self._node, {}).get(pool):
+            raise PoolUnavailable(f"pool {pool} is stalled: {why}")
         await self._point(f"connector {method}", "before")
         if method == "attach" and pool in self._disks.lost:
             raise PoolUnavailable("the pool is not mounted")
@@ -252,7 +258,11 @@ class BoxStorage:
 
     def stalled(self) -> dict[str, str]:
         """See ``StorageAccess``."""
-        return {}
+        return dict(self._disks.stalled.get(self._node, {}))
+
+    def stalled_for(self) -> dict[str, float]:
+        """See ``StorageAccess``."""
+        return dict.fromkeys(self._disks.stalled.get(self._node, {}), 60.0)
 
     async def close(self) -> None:
         """See ``StorageAccess``."""

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from atoll.operations.state import State
     from atoll.rpc.agents import Agents
 
-#: Seconds that an agent has to list a pool.
-PATIENCE = 15.0
+#: Seconds that an agent has to list a pool; and one whose storage is silent on another node, and so perhaps on this one.
+PATIENCE, IMPATIENCE = 15.0, 3.0
 
 
 class StorageFindings:
@@ -70,12 +70,13 @@ class StorageFindings:
         local = state.driver(pool).node_local
         nodes = [n for n in state.store.all(Node) if n.group in pool.groups and state.health.alive(n.id) and not n.offline]
         # Those where it is stalled are told of already, and an answer from there would have to be waited for in vain.
-        nodes = [n for n in nodes if not ((report := state.health.report(n.id)) and pool.id in report.stalled_pools)]
+        silent = [n for n in nodes if (report := state.health.report(n.id)) and pool.id in report.stalled_pools]
+        nodes, patience = [n for n in nodes if n not in silent], IMPATIENCE if silent else PATIENCE
         found: list[Finding] = []
         for node in nodes if local else nodes[:1]:
             try:
                 ref = state.ref(pool, node).model_dump(mode="json")
-                images = await self._agents.ask(node.id, "volume.list", {"ref": ref}, deadline=PATIENCE)
+                images = await self._agents.ask(node.id, "volume.list", {"ref": ref}, deadline=patience)
             except AtollError as error:
                 commands = (f"atoll pool check {pool.name}",)
                 found.append(Finding("error", "pool cannot be listed", f"{pool.name} on {node.name}", error.message, None, commands))

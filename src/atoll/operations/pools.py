@@ -6,7 +6,7 @@ from typing import Any
 
 from atoll.jobs.context import JobContext
 from atoll.jobs.steps import Changes, Undo, undo_function
-from atoll.model.errors import UNKNOWN_OUTCOME, AtollError, InUse, InvalidInput, NodeUnavailable, NotFound
+from atoll.model.errors import UNKNOWN_OUTCOME, AtollError, InUse, InvalidInput, NodeUnavailable, NotFound, PoolUnavailable
 from atoll.model.ids import new_id
 from atoll.model.messages import PoolRef
 from atoll.model.objects import Group, Instance, Node, Pool, Volume, Writers
@@ -249,7 +249,7 @@ async def _run_check(job: JobContext, request: dict[str, Any]) -> Any:
     for node, name in decided["nodes"]:
         try:
             found[name] = await job.call(f"check/{name}", node, "pool.check", {"ref": {**decided["ref"], "node": name}}, deadline=40.0)
-        except UNKNOWN_OUTCOME as error:
+        except (PoolUnavailable, *UNKNOWN_OUTCOME) as error:
             found[name] = {"ok": False, "reason": error.message}
         if found[name]["ok"]:
             good.append((node, name))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from atoll.model.errors import HostError, NotFound
-from atoll.model.messages import Progress
+from atoll.model.messages import NodeReport, Progress
 from atoll.model.objects import Authority, Group, Instance, Job, JobState, Node, Pool, Step, Volume, VolumeState
 from atoll.operations.index import Index, Row, Spaces
 from atoll.operations.instance_views import instance
@@ -149,10 +149,16 @@ def node(item: Node, index: Index) -> Row:
         "certificate_expires": ((report.certificate_expires if report else 0.0) or item.certificate_expires) or None,
         "version": report.version if report else "",
         "accelerator": report.accelerator if report else "",
-        "stalled_pools": {index.pool_name(p): why for p, why in report.stalled_pools.items()} if report else {},
+        "stalled_pools": {index.pool_name(p): stall_words(report, p) for p in report.stalled_pools} if report else {},
         "tags": list(item.tags),
         "hold": index.hold(item.resource),
     }
+
+
+def stall_words(report: NodeReport, pool: str) -> str:
+    """Why a pool does not answer on a node, and for how long it has not."""
+    seconds = report.stalled_for.get(pool)
+    return report.stalled_pools[pool] + (f", for {seconds:.0f} s" if seconds is not None else "")
 
 
 def _local_to(pool: Pool, item: Node) -> bool:
@@ -171,7 +177,7 @@ def pool(item: Pool, index: Index) -> Row:
     for node_id in index.nodes:
         report = index.state.health.report(node_id)
         if report and item.id in report.stalled_pools:
-            stalled[str(index.node_name(node_id))] = report.stalled_pools[item.id]
+            stalled[str(index.node_name(node_id))] = stall_words(report, item.id)
     return {
         "name": item.name,
         "id": item.id,

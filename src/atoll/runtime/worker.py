@@ -11,6 +11,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -20,15 +22,21 @@ from atoll.model.errors import AtollError, DeadlineExceeded, HostError, PoolUnav
 log = structlog.get_logger()
 #: Seconds that a killed child has to go; one in D state stays, and is counted.
 KILL_GRACE = 1.0
+#: Seconds: a call that may take longer than this is one that writes much.
+LONG = 60.0
+STALLED_HINT = "look at the mount and at the node's kernel log; it recovers by itself when the storage answers"
 #: Bytes of one answer at most.
 LIMIT = 64 << 20
 
 
-def _when_gone(process: subprocess.Popen[bytes], then: Callable[[], None]) -> Callable[[], None]:
+_MAIN = "atoll.runtime.workermain"
+
+
+def _when_gone(pid: int, then: Callable[[], None]) -> Callable[[], None]:
     """Call ``then`` when the process has ended; gives what stops the watching."""
     loop = asyncio.get_running_loop()
     try:
-        fd = os.pidfd_open(process.pid)
+        fd = os.pidfd_open(pid)
     except ProcessLookupError:
         handle = loop.call_soon(then)
         return handle.cancel
@@ -48,6 +56,27 @@ def _when_gone(process: subprocess.Popen[bytes], then: Callable[[], None]) -> Ca
     return stop
 
 
+def _left_behind(module: str, key: str) -> list[int]:
+    """Workers for the same storage whose parent has died, and that hang in the kernel in spite of their death."""
+    found = []
+    for entry in os.listdir("/proc"):
+        try:
+            argv = Path(f"/proc/{entry}/cmdline").read_bytes().decode(errors="replace").split("\0") if entry.isdigit() else []
+            if _MAIN not in argv or argv[-4:-3] != [module] or argv[-2] != key:
+                continue
+            status = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if status[0] not in "ZX" and status[1] != argv[-3]:
+            found.append(int(entry))
+    return found
+
+
+def _ended(pid: int) -> int | None:
+    """None as long as the process exists, which is not a child of ours."""
+    return None if os.path.exists(f"/proc/{pid}") else 0
+
+
 class _Child:
     """One process and its socket."""
 
@@ -55,11 +84,11 @@ class _Child:
         self.process, self.reader, self.writer = process, reader, writer
 
     @classmethod
-    async def start(cls, module: str, environment: dict[str, str]) -> _Child:
-        """Start one. Errors: HostError."""
+    async def start(cls, module: str, environment: dict[str, str], key: str) -> _Child:
+        """Start one. ``key`` is only seen in its command line. Errors: HostError."""
         ours, theirs = socket.socketpair()
         # -P: what lies in the present directory is not imported.
-        argv = [sys.executable, "-P", "-m", "atoll.runtime.workermain", str(theirs.fileno()), module, str(os.getpid())]
+        argv = [sys.executable, "-P", "-m", _MAIN, str(theirs.fileno()), module, str(os.getpid()), key]
         try:
             process = subprocess.Popen(
                 argv,
@@ -107,7 +136,7 @@ class _Child:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         gone = asyncio.Event()
-        stop = _when_gone(self.process, gone.set)
+        stop = _when_gone(self.process.pid, gone.set)
         try:
             async with asyncio.timeout(KILL_GRACE):
                 await gone.wait()
@@ -122,20 +151,33 @@ class Worker:
     """A few children that share one kind of work. A call takes a free one, starts another up to ``lanes``, or waits.
 
     At its deadline a call's child is killed. A child that cannot be killed is abandoned and keeps its lane until it has gone, so that
-    there are never more processes than lanes; when all lanes are lost so, every call is refused at once.
+    there are never more processes than lanes; when all lanes are lost so, every call is refused at once. So do children that an earlier
+    process of ours has left hanging: ``key`` names the storage for that. ``beside``: a worker whose lanes are meant, all calls together.
+    Calls with a deadline of more than ``LONG`` seconds leave one lane to the others.
     Use it from the main thread: children end with the thread that started them.
     """
 
-    def __init__(self, name: str, module: str, *, lanes: int = 3, environment: dict[str, str] | None = None) -> None:
-        self.name, self._module, self._lanes = name, module, lanes
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        *,
+        lanes: int = 3,
+        environment: dict[str, str] | None = None,
+        key: str = "",
+        beside: Worker | None = None,
+    ) -> None:
+        self.name, self._module, self._lanes, self._key = name, module, lanes, key
         self._environment = environment or {}
         self._free: list[_Child] = []
         self._busy: set[_Child] = set()
-        self._abandoned: dict[subprocess.Popen[bytes], Callable[[], None]] = {}
+        self._abandoned: dict[int, tuple[Callable[[], object], Callable[[], None]]] = {}
         self._ending: set[asyncio.Task[None]] = set()
-        self._slots = asyncio.Semaphore(lanes)
-        self._reason = ""
-        self._closed = False
+        self._own = asyncio.Semaphore(lanes)
+        self._long = asyncio.Semaphore(max(1, lanes - 1))
+        self._beside = beside
+        self._reason, self._since = "", 0.0
+        self._closed, self._looked = False, not key
 
     async def call(self, function: str, deadline: float, **args: Any) -> Any:
         """The function's result, within ``deadline`` seconds; waiting for a free child counts.
@@ -144,18 +186,40 @@ class Worker:
         """
         if self._closed:
             raise Unreachable(f"{self.name}: its worker was closed")
+        if not self._looked:
+            await self._find_left_behind()
         if self.stalled():
-            raise PoolUnavailable(f"{self.name} is stalled: {self._reason}", hint="look at the storage and at this node's kernel log")
+            raise PoolUnavailable(f"{self.name} is stalled: {self.stalled()}", hint=STALLED_HINT)
         what, end = args.get("method", function), asyncio.get_running_loop().time() + deadline
+        async with contextlib.AsyncExitStack() as held:
+            try:
+                async with asyncio.timeout_at(end):
+                    if deadline > LONG:
+                        await held.enter_async_context(self._long)
+                    await self._acquire()
+            except TimeoutError:
+                raise DeadlineExceeded(f"{self.name}: {what} was not begun, other calls took more than {deadline:g} s") from None
+            return await self._carry_out(function, what, args, deadline, end)
+
+    async def _acquire(self) -> None:
+        await self._own.acquire()
+        if self._beside is not None:
+            try:
+                await self._beside._own.acquire()
+            except BaseException:
+                self._own.release()
+                raise
+
+    def _release(self) -> None:
+        self._own.release()
+        if self._beside is not None:
+            self._beside._own.release()
+
+    async def _carry_out(self, function: str, what: str, args: dict[str, Any], deadline: float, end: float) -> Any:
         try:
-            async with asyncio.timeout_at(end):
-                await self._slots.acquire()
-        except TimeoutError:
-            raise DeadlineExceeded(f"{self.name}: {what} was not begun, other calls took more than {deadline:g} s") from None
-        try:
-            child = self._idle() or await _Child.start(self._module, self._environment)
+            child = self._idle() or await _Child.start(self._module, self._environment, self._key)
         except BaseException:
-            self._slots.release()
+            self._release()
             raise
         self._busy.add(child)
         healthy = False
@@ -176,7 +240,7 @@ class Worker:
             if healthy and not self._closed:
                 self._busy.discard(child)
                 self._free.append(child)
-                self._slots.release()
+                self._release()
             else:
                 ending = asyncio.create_task(self._end(child, what))
                 self._ending.add(ending)
@@ -197,31 +261,53 @@ class Worker:
             gone = await child.kill()
         finally:
             self._busy.discard(child)
-        process = child.process
         if gone:
-            self._slots.release()
+            self._release()
             return
-        self._abandoned[process] = _when_gone(process, lambda: self._returned(process))
-        self._reason = f"{len(self._abandoned)} processes hang in the kernel (the last one in {what})"
-        log.error("worker abandoned", worker=self.name, pid=process.pid, abandoned=len(self._abandoned))
+        self._abandon(child.process.pid, child.process.poll, what)
 
-    def _returned(self, process: subprocess.Popen[bytes]) -> None:
+    def _abandon(self, pid: int, poll: Callable[[], object], what: str) -> None:
+        """It keeps its lane until it has gone. ``poll`` gives None as long as it has not."""
+        if not self._abandoned:
+            self._since = asyncio.get_running_loop().time()
+        self._abandoned[pid] = poll, _when_gone(pid, lambda: self._returned(pid))
+        many = len(self._abandoned)
+        self._reason = f"{many} process{'es hang' if many > 1 else ' hangs'} in the kernel (the last one in {what})"
+        log.error("worker abandoned", worker=self.name, pid=pid, abandoned=many)
+
+    def _returned(self, pid: int) -> None:
         """An abandoned child may have gone: its lane is free again."""
-        if process in self._abandoned and process.poll() is not None:
-            self._abandoned.pop(process)()
-            self._slots.release()
+        if pid in self._abandoned and self._abandoned[pid][0]() is not None:
+            self._abandoned.pop(pid)[1]()
+            self._release()
+
+    async def _find_left_behind(self) -> None:
+        """Children of a process before us hang on: they count, or each restart during a stall would add as many."""
+        self._looked = True
+        for pid in _left_behind(self._module, self._key)[: self._lanes]:
+            await self._acquire()
+            self._abandon(pid, partial(_ended, pid), "a call of an earlier agent")
 
     def stalled(self) -> str:
         """Why it is stalled, empty if it is not."""
-        for process in list(self._abandoned):
-            self._returned(process)
-        return self._reason if len(self._abandoned) >= self._lanes else ""
+        return self._reason if self.abandoned >= self._lanes else ""
+
+    @property
+    def abandoned(self) -> int:
+        """How many children hang in the kernel."""
+        for pid in list(self._abandoned):
+            self._returned(pid)
+        return len(self._abandoned)
+
+    def hanging(self) -> tuple[str, float]:
+        """In words what hangs, and for how many seconds; empty if nothing does."""
+        return (self._reason, asyncio.get_running_loop().time() - self._since) if self.abandoned else ("", 0.0)
 
     async def close(self) -> None:
         """End all children; calls under way end as Unreachable."""
         self._closed = True
         await asyncio.gather(*(child.kill() for child in [*self._free, *self._busy]), *self._ending)
-        for stop in self._abandoned.values():
+        for _, stop in self._abandoned.values():
             stop()
         self._free.clear()
         self._abandoned.clear()

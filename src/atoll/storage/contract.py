@@ -179,5 +179,8 @@ class StorageAccess(Protocol):
     def stalled(self) -> dict[str, str]:
         """Pools (by id) whose storage hangs, with the reason."""
 
+    def stalled_for(self) -> dict[str, float]:
+        """The same pools, and for how many seconds they have not answered."""
+
     async def close(self) -> None:
         """End all workers."""

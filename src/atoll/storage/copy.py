@@ -14,6 +14,7 @@ import shutil
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from atoll.model.errors import DeadlineExceeded, HostError
@@ -58,27 +59,29 @@ def _free_port(address: str) -> int:
         return int(probe.getsockname()[1])
 
 
-def _cache(path: str) -> str:
+@dataclass(frozen=True)
+class Image:
+    """A raw image as the pool's own worker has seen it: the agent itself must not touch storage that may hang. ``direct``: its file system
+    can do without the page cache; ``sparse``: not all of its blocks are there."""
+
+    path: str
+    direct: bool
+    sparse: bool
+
+
+def _cache(image: Image) -> str:
     """QEMU's cache mode: past the page cache where the file system can. Both modes keep the order to flush."""
-    try:
-        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
-    except OSError:
-        return "writeback"
-    return "none"
+    return "none" if image.direct else "writeback"
 
 
-def _image(path: str) -> str:
+def _options(image: Image) -> str:
     """The image in QEMU's words: zeros that come over the wire make holes in a sparse one, and keep the blocks of a preallocated one."""
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise HostError(f"cannot serve {path}: {error.strerror}") from None
-    discard = "unmap" if status.st_blocks * 512 < status.st_size else "ignore"
+    path, discard = image.path, "unmap" if image.sparse else "ignore"
     # In both layers: qemu-nbd's own option leaves the lower one at unmap.
     return f"driver=raw,discard={discard},file.driver=file,file.discard={discard},file.aio=threads,file.filename={path.replace(',', ',,')}"
 
 
-async def serve(path: str, address: str, tls_dir: Path, peer: str, run_dir: Path) -> tuple[int, int]:
+async def serve(image: Image, address: str, tls_dir: Path, peer: str, run_dir: Path) -> tuple[int, int]:
     """Serve the raw image to the node ``peer`` alone; (port, pid). Its process outlives the agent; ``unserve`` ends it.
 
     Errors: HostError with qemu-nbd's words, DeadlineExceeded.
@@ -86,19 +89,19 @@ async def serve(path: str, address: str, tls_dir: Path, peer: str, run_dir: Path
     tls = credentials(tls_dir, run_dir / "tls")
     pid_file = run_dir / _PID_FILE
     argv = ["qemu-nbd", "--fork", "--persistent", "--shared=1", "--image-opts", "--export-name=disk"]
-    argv += [f"--cache={_cache(path)}", f"--bind={address}", f"--pid-file={pid_file}"]
+    argv += [f"--cache={_cache(image)}", f"--bind={address}", f"--pid-file={pid_file}"]
     argv += ["--object", f"tls-creds-x509,id=tls,dir={tls},endpoint=server,verify-peer=on", "--tls-creds=tls"]
     argv += ["--object", f"authz-simple,id=peer,identity=CN={peer}", "--tls-authz=peer"]
-    image = _image(path)
+    options = _options(image)
     for _ in range(5):
         port = _free_port(address)
-        code, said = await _start([*argv, f"--port={port}", image], run_dir)
+        code, said = await _start([*argv, f"--port={port}", options], run_dir)
         if code == 0:
             return port, int(pid_file.read_text())
         # Somebody else may take the port between our look and its use.
         if "Address already in use" not in said:
             break
-    raise HostError(f"qemu-nbd cannot serve {path}: {said}")
+    raise HostError(f"qemu-nbd cannot serve {image.path}: {said}")
 
 
 async def _start(argv: list[str], run_dir: Path) -> tuple[int, str]:
@@ -181,7 +184,7 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 
 
 async def push(
-    path: str,
+    image: Image | str,
     host: str,
     port: int,
     server: str,
@@ -192,15 +195,15 @@ async def push(
     *,
     inherit: tuple[int, ...] = (),
 ) -> None:
-    """Copy the raw image into the one that ``server`` (the node's name) serves; flushed there when this returns. ``path`` may also be a
-    ``json:`` description of another image (``sources.as_qemu``), with the descriptors that its reader must ``inherit``.
+    """Copy the raw image into the one that ``server`` (the node's name) serves; flushed there when this returns. ``image`` may also be a
+    ``json:`` description of another one (``sources.as_qemu``), with the descriptors that its reader must ``inherit``.
 
     Errors: HostError with the words of QEMU's tools, DeadlineExceeded. If the waiting task is cancelled, the copying ends too.
     """
     tls = credentials(tls_dir, run_dir / "tls")
     target = f"driver=nbd,server.type=inet,server.host={host},server.port={port},export=disk,tls-creds=tls,tls-hostname={server}"
     secure = ["--object", f"tls-creds-x509,id=tls,dir={tls},endpoint=client,verify-peer=on"]
-    copying = ["qemu-img", "convert", "-n", "-p", "-t", "none", *_reading(path), *secure, "--target-image-opts", path, target]
+    copying = ["qemu-img", "convert", "-n", "-p", "-t", "none", *_reading(image), *secure, "--target-image-opts", _source(image), target]
     # qemu-img does not tell whether its last flush failed; this does.
     flushing = ["qemu-io", *secure, "--image-opts", "-c", "flush", target]
     try:
@@ -210,33 +213,26 @@ async def push(
         shutil.rmtree(run_dir, ignore_errors=True)
 
 
-def _reading(path: str) -> list[str]:
-    """How ``qemu-img convert`` reads its source: a plain path is a raw image, whatever its first bytes say."""
-    return ["-T", "writeback"] if path.startswith("json:") else ["-T", _cache(path), "-f", "raw"]
+def _reading(image: Image | str) -> list[str]:
+    """How ``qemu-img convert`` reads its source: an image of ours is raw, whatever its first bytes say."""
+    return ["-T", "writeback"] if isinstance(image, str) else ["-T", _cache(image), "-f", "raw"]
+
+
+def _source(image: Image | str) -> str:
+    return image if isinstance(image, str) else image.path
 
 
 async def convert(
-    source: str, target: str, report: Callable[[Progress], None], deadline: float = 3600.0, *, inherit: tuple[int, ...] = ()
+    source: Image | str, target: Image, report: Callable[[Progress], None], deadline: float = 3600.0, *, inherit: tuple[int, ...] = ()
 ) -> None:
-    """Copy an image (as in ``push``) into the raw one at ``target``, which is there already; durable when this returns.
+    """Copy an image (as in ``push``) into the raw one ``target``, which is there already; durable when this returns.
 
     Errors: HostError with the words of QEMU's tools, DeadlineExceeded. If the waiting task is cancelled, the copying ends too.
     """
-    opened = _image(target)
-    copying = ["qemu-img", "convert", "-n", "-p", "-t", _cache(target), *_reading(source), "--target-image-opts", source, opened]
-    await _run(copying, deadline, report, inherit)
-    await asyncio.wait_for(asyncio.to_thread(_make_durable, target), _FLUSH)
-
-
-def _make_durable(path: str) -> None:
-    """qemu-img does not tell whether its last flush failed; the kernel tells everybody who had the file open meanwhile, and later ones."""
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        raise HostError(f"{path} cannot be written out: {error.strerror}") from None
-    finally:
-        os.close(fd)
+    copying = ["qemu-img", "convert", "-n", "-p", "-t", _cache(target), *_reading(source), "--target-image-opts", _source(source)]
+    await _run([*copying, _options(target)], deadline, report, inherit)
+    # qemu-img does not tell whether its last flush failed; the kernel tells whoever asks next. In a process: it may hang.
+    await _run(["sync", target.path], _FLUSH, report)
 
 
 async def _run(argv: list[str], deadline: float, report: Callable[[Progress], None], inherit: tuple[int, ...] = ()) -> None:

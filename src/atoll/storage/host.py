@@ -1,16 +1,103 @@
-"""The drivers of one node, each pool in its own worker: a share that hangs stops neither the agent nor other pools."""
+"""The drivers of one node, each pool in its own worker: a share that hangs stops neither the agent nor other pools.
+
+A pool whose storage gave no answer to a call is *stalled*: calls to it are refused at once instead of waiting, each, for their deadlines.
+It is asked how it is until it answers; then it is as before. Calls that are under way are left alone meanwhile.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Any
 
-from atoll.model.messages import PoolRef
-from atoll.runtime.worker import Worker
+import structlog
 
+from atoll.model.errors import UNKNOWN_OUTCOME, AtollError, PoolUnavailable
+from atoll.model.messages import PoolRef
+from atoll.runtime.worker import LONG, STALLED_HINT, Worker
+
+log = structlog.get_logger()
 _MODULE = "atoll.storage.calls"
 #: Methods whose effect lives in the process that carried them out: they always go to the same child.
 _STICKY = frozenset({"probe_writers"})
+#: Seconds without an answer that make a pool stalled; seconds between questions to it, and for each of them.
+SILENT, PROBE, PATIENCE = 5.0, 5.0, 5.0
+
+
+class _Pool:
+    """One pool's workers, and since when it is silent."""
+
+    def __init__(self, ident: str, environment: dict[str, str]) -> None:
+        self.ident, self.name, self.ref = ident, ident, {}  # type: str, str, dict[str, Any]
+        self.worker = Worker(f"pool {ident}", _MODULE, environment=environment, key=ident)
+        self.sticky = Worker(f"pool {ident}", _MODULE, lanes=1, environment=environment, key=f"{ident}/sticky", beside=self.worker)
+        self._since: float | None = None
+        self._silent_in = ""
+        self._probing: asyncio.Task[None] | None = None
+
+    def know(self, ref: PoolRef) -> None:
+        self.name, self.ref = ref.name, ref.model_dump(mode="json")
+        self.worker.name = self.sticky.name = f"pool {ref.name}"
+
+    async def call(self, function: str, what: str, deadline: float, **args: Any) -> Any:
+        if why := self.stalled():
+            raise PoolUnavailable(f"pool {self.name} is stalled: {why[0]}", hint=STALLED_HINT)
+        # A call that may write for an hour says nothing of the storage by taking long.
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(SILENT, self._silent, loop.time(), what) if deadline <= LONG else None
+        try:
+            result = await (self.sticky if what in _STICKY else self.worker).call(function, deadline, method=what, **args)
+        except UNKNOWN_OUTCOME:
+            raise
+        except AtollError:
+            self._answered()
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+        self._answered()
+        return result
+
+    def stalled(self) -> tuple[str, float] | None:
+        """Why it is stalled, and for how many seconds; None if it is not."""
+        hanging, seconds = self.worker.hanging()
+        if self._since is not None:
+            words = f"no answer to {self._silent_in}" + (f"; {hanging}" if hanging else "")
+            return words, asyncio.get_running_loop().time() - self._since
+        return (hanging, seconds) if self.worker.stalled() else None
+
+    def _silent(self, began: float, what: str) -> None:
+        if self._since is None:
+            self._since, self._silent_in = began, what
+            log.error("pool is stalled", pool=self.name, no_answer_to=what)
+            self._probing = asyncio.get_running_loop().create_task(self._probe())
+
+    def _answered(self) -> None:
+        if self._since is not None:
+            log.warning("pool answers again", pool=self.name, after=round(asyncio.get_running_loop().time() - self._since))
+        self._since = None
+
+    async def _probe(self) -> None:
+        """Ask until it answers. Where all lanes are lost, there is nobody to ask until one comes back."""
+        while self._since is not None:
+            if not self.worker.stalled() and await self._speaks():
+                self._answered()
+            else:
+                await asyncio.sleep(PROBE)
+
+    async def _speaks(self) -> bool:
+        try:
+            if self.ref:  # else: nobody has said yet what it is; the next call will show
+                await self.worker.call("pool", PATIENCE, ref=self.ref, method="space", args={})
+        except UNKNOWN_OUTCOME:
+            return False
+        except AtollError:
+            return True
+        return True
+
+    async def close(self) -> None:
+        if self._probing is not None:
+            self._probing.cancel()
+        await asyncio.gather(self.worker.close(), self.sticky.close())
 
 
 class StorageHost:
@@ -18,33 +105,34 @@ class StorageHost:
 
     def __init__(self, guest_user: str = "") -> None:
         self._environment = {"ATOLL_GUEST_USER": guest_user}
-        self._workers: dict[str, Worker] = {}
+        self._pools: dict[str, _Pool] = {}
 
-    def _worker(self, pool: str, method: str) -> Worker:
-        key = f"{pool}/sticky" if method in _STICKY else pool
-        if key not in self._workers:
-            lanes = 1 if method in _STICKY else 3
-            self._workers[key] = Worker(f"pool {pool}", _MODULE, lanes=lanes, environment=self._environment)
-        return self._workers[key]
+    def _pool(self, ident: str) -> _Pool:
+        if ident not in self._pools:
+            self._pools[ident] = _Pool(ident, self._environment)
+        return self._pools[ident]
 
     async def pool(self, ref: PoolRef, method: str, deadline: float, **args: Any) -> Any:
         """See ``StorageAccess``."""
-        worker = self._worker(ref.id, method)
-        result = await worker.call("pool", deadline, ref=ref.model_dump(mode="json"), method=method, args=args)
-        if method == "forget":
-            for key in (ref.id, f"{ref.id}/sticky"):
-                if key in self._workers:
-                    await self._workers.pop(key).close()
+        pool = self._pool(ref.id)
+        pool.know(ref)
+        result = await pool.call("pool", method, deadline, ref=pool.ref, args=args)
+        if method == "forget" and self._pools.pop(ref.id, None) is not None:
+            await pool.close()
         return result
 
     async def connector(self, pool: str, driver: str, method: str, deadline: float, **args: Any) -> Any:
         """See ``StorageAccess``."""
-        return await self._worker(pool, method).call("connector", deadline, driver=driver, method=method, args=args)
+        return await self._pool(pool).call("connector", method, deadline, driver=driver, args=args)
 
     def stalled(self) -> dict[str, str]:
         """See ``StorageAccess``."""
-        return {key.partition("/")[0]: why for key, worker in self._workers.items() if (why := worker.stalled())}
+        return {ident: why[0] for ident, pool in self._pools.items() if (why := pool.stalled())}
+
+    def stalled_for(self) -> dict[str, float]:
+        """See ``StorageAccess``."""
+        return {ident: why[1] for ident, pool in self._pools.items() if (why := pool.stalled())}
 
     async def close(self) -> None:
         """See ``StorageAccess``."""
-        await asyncio.gather(*(worker.close() for worker in self._workers.values()))
+        await asyncio.gather(*(pool.close() for pool in self._pools.values()))

@@ -133,8 +133,9 @@ class GuestFiles:
 
 
 def hand_over(path: str, owner: Account | None) -> None:
-    """Let the guests' user open a disk. Where the storage refuses that (a share that squashes root), QEMU's own open decides."""
-    if owner and path.startswith("/"):
+    """Let the guests' user open a block device. Images are given to it by their driver, in a process that may hang: their storage may,
+    and this one must not."""
+    if owner and path.startswith("/dev/"):
         with contextlib.suppress(OSError):
             if os.stat(path).st_uid != owner.uid:
                 os.chown(path, owner.uid, owner.gid)
