@@ -48,7 +48,9 @@ class Storage:
         run("mkfs.xfs", "-q", str(self.image))
         self.loop = run("losetup", "--find", "--show", str(self.image)).strip()
         run("mount", self.loop, str(self.small))
-        self.share = subprocess.Popen(["bindfs", "-f", str(self.place / "behind"), str(self.nas)])
+        # A session of its own: when a stopped process loses its terminal, the kernel lets it go on.
+        command = ["bindfs", "-f", str(self.place / "behind"), str(self.nas)]
+        self.share = subprocess.Popen(command, start_new_session=True)
         until(lambda: os.path.ismount(self.nas), "the share is mounted")
 
     def fill(self) -> None:
@@ -197,3 +199,21 @@ def test_a_share_that_stands_still(cluster: Cluster, storage: Storage) -> None:
     for instance in (web, quiet):
         cluster.settled(instance, on="node2")
     assert watch.longest < PROMPT, f"{watch.longest:.2f} s"
+
+
+def test_an_image_deleted_under_its_guest_is_saved_as_verify_says(cluster: Cluster) -> None:
+    web = cluster.add("careless", "node1", pool="shared")
+    image = cluster.image_of(web)
+    image.unlink()
+    found = [f for f in cluster.findings("careless-disk0") if f["what"] == "image was deleted under its guest"]
+    assert len(found) == 1, cluster.findings()
+    assert found[0]["about"] == "careless-disk0 on node1"
+    assert cluster.refused("POST", "/v1/instances/careless/migrate", node="node2") == "not_found"
+    for command in found[0]["commands"]:
+        _, on, shell = command.rpartition("on node1: ")
+        if on:
+            cluster.node("node1").exec(["sh", "-c", shell], check=True)
+        else:
+            assert "done" in cluster.type(command), command
+    cluster.settled(web)
+    assert not cluster.findings("careless")

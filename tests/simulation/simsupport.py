@@ -479,6 +479,7 @@ STORIES = [
     Story("pool-add-local", "pool.add", "", {"name": "more", "driver": "file", "options": {"path": "/box/more", "mount": "none"}}),
     Story("pool-remove", "pool.remove", "shared"),
     Story("pool-check", "pool.check", "shared"),
+    Story("pool-mark", "pool.mark", "shared", {"node": "node2"}),
     Story("node-evacuate", "node.evacuate", "node1", {}, two_running, ends=MIGRATES, partial=True),
     Story("node-failover-dead", "node.failover", "node1", {"node_is_dead": True}, dead_node, frees=True, partial=True),
     Story("restart-missing", "instance.restart-missing", "web1", {}, missing, internal=True),

@@ -105,6 +105,7 @@ CASES: list[tuple[str, Sent]] = [
     ("atoll pool connect images default", ("pool.connect", "images", {"group": "default"})),
     ("atoll pool disconnect images default", ("pool.disconnect", "images", {"group": "default"})),
     ("atoll pool check images", ("pool.check", "images", {})),
+    ("atoll pool mark images -n node2", ("pool.mark", "images", {"node": "node2"})),
     ("atoll pool modify images --close --reason full", ("pool.modify", "images", {"state": "closed", "reason": "full"})),
     ("atoll pool remove images -f", ("pool.remove", "images", {})),
     (

@@ -39,11 +39,14 @@ class Attachments:
 
     async def attach(self, owner: str, pool: str, connection: Connection, access: str) -> Attached:
         """Attach a volume for an owner (an instance id). Twice is success."""
-        self._kept.setdefault(owner, {})[connection.volume] = {"pool": pool, "connection": connection.model_dump(mode="json")}
+        entry = {"pool": pool, "connection": connection.model_dump(mode="json")}
+        self._kept.setdefault(owner, {})[connection.volume] = entry
         self._save(owner)
         data = await self._storage.connector(
             pool, connection.driver, "attach", QUICK, connection=connection.model_dump(mode="json"), access=access
         )
+        self._kept[owner][connection.volume] = {**entry, "path": data["path"]}
+        self._save(owner)
         return Attached(**data)
 
     async def detach(self, owner: str, volumes: Iterable[str] | None = None) -> None:
@@ -65,6 +68,10 @@ class Attachments:
         """The pool and connection of an attached volume."""
         entry = self._kept.get(owner, {}).get(volume)
         return (entry["pool"], Connection(**entry["connection"])) if entry else None
+
+    def paths(self, owner: str) -> dict[str, str]:
+        """Volume -> the path under which it is attached for the owner."""
+        return {volume: entry["path"] for volume, entry in self._kept.get(owner, {}).items() if entry.get("path")}
 
     def _save(self, owner: str) -> None:
         if self._dir is None:
@@ -90,6 +97,7 @@ class StorageOrders:
         simple = {
             "pool.prepare": ("prepare", QUICK),
             "pool.forget": ("forget", QUICK),
+            "pool.mark": ("mark", QUICK),
             "pool.check": ("check", QUICK),
             "pool.space": ("space", QUICK),
             "pool.probe": ("probe_writers", QUICK),

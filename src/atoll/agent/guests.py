@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import defaultdict
 from typing import Any
 
@@ -18,6 +19,21 @@ from atoll.storage.contract import StorageAccess
 
 #: Seconds in which a guest that was let go on shows whether its storage takes its writes now.
 RETRY = 1.0
+
+
+def deleted_files(pid: int | None, paths: dict[str, str]) -> list[tuple[str, int, str]]:
+    """Volume, descriptor and path of those files that a process has open and that have no name any more. The storage is not touched."""
+    found = {}
+    volumes = {f"{path} (deleted)": volume for volume, path in paths.items()}
+    try:
+        for entry in os.listdir(f"/proc/{pid}/fd") if pid and volumes else ():
+            link = os.readlink(f"/proc/{pid}/fd/{entry}")
+            if link in volumes:
+                found[volumes[link]] = (volumes[link], int(entry), paths[volumes[link]])
+    except OSError:
+        # It has ended, or has closed a file while we looked.
+        return list(found.values())
+    return list(found.values())
 
 
 class GuestOrders:
@@ -46,6 +62,7 @@ class GuestOrders:
             "guest.resume": self.resume,
             "guest.go_on": self.go_on,
             "guest.list": self.list_guests,
+            "guest.deleted": self.deleted,
             "claim.release": self.release,
         }
 
@@ -128,6 +145,14 @@ class GuestOrders:
     async def list_guests(self, args: dict[str, Any], report: Report) -> Any:
         """All guests here."""
         return [status.model_dump(mode="json") for status in await self._hypervisor.guests()]
+
+    async def deleted(self, args: dict[str, Any], report: Report) -> Any:
+        """The images that guests here have open although their files were deleted: their data is there until the guest ends."""
+        return [
+            {"instance": guest.instance, "volume": volume, "pid": guest.pid, "fd": fd, "path": path}
+            for guest in await self._hypervisor.guests()
+            for volume, fd, path in deleted_files(guest.pid, self._attachments.paths(guest.instance))
+        ]
 
     async def plug(self, args: dict[str, Any], report: Report) -> Any:
         """Attach a volume and plug it."""

@@ -8,7 +8,7 @@ import click
 
 from atoll.cli import tags, work
 from atoll.cli.lazy import OrderedGroup
-from atoll.cli.options import complete, confirm, force_option, job_options, pairs, target
+from atoll.cli.options import complete, confirm, force_option, job_options, on_node, pairs, target
 from atoll.cli.reads import info_command, list_command
 
 
@@ -63,6 +63,15 @@ def disconnect(target: str, group: str, **options: Any) -> None:
 def check(target: str, **options: Any) -> None:
     """Look at the storage from every node, and measure how well it tells who writes."""
     work.run("pool", "check", target, {}, **options)
+
+
+@pool.command()
+@target("pool")
+@on_node("As this node sees it; node-local pools need one.")
+@job_options
+def mark(target: str, node: str | None, **options: Any) -> None:
+    """Mark the storage as this pool's again, if its file .atoll-pool was removed; some of the pool's images must be there."""
+    work.run("pool", "mark", target, {"node": node}, **options)
 
 
 @pool.command()

@@ -88,6 +88,12 @@ class BoxStorage:
         self._disks.marks[key] = ref.id
         return {"ok": True}
 
+    def _mark(self, ref: PoolRef, expected: list[str]) -> None:
+        key = f"{ref.id}@{ref.node}" if registry.info(ref.driver).node_local else ref.id
+        if expected and not any(name in self._disks.images.get(key, {}) for name in expected):
+            raise PoolUnavailable(f"none of the {len(expected)} images of pool {ref.name} is there: this is not its directory")
+        self._disks.marks[key] = ref.id
+
     def _forget(self, ref: PoolRef) -> None:
         key = f"{ref.id}@{ref.node}" if registry.info(ref.driver).node_local else ref.id
         self._disks.marks.pop(key, None)
@@ -147,11 +153,13 @@ class BoxStorage:
 
     def _stat(self, ref: PoolRef, logical_id: str) -> Any:
         image = self._place(ref).get(logical_id)
+        if image is not None and image.get("problem"):
+            raise Conflict(f"{logical_id} is {image['problem']}, not an image; nothing is read or written through it")
         return None if image is None else {"logical_id": logical_id, "size": image["size"], "volume": image["volume"]}
 
     def _volumes(self, ref: PoolRef) -> Any:
         found = self._place(ref).items()
-        return [{"logical_id": k, "size": i["size"], "volume": i["volume"], "modified": 0.0} for k, i in found]
+        return [{"logical_id": k, "size": i["size"], "volume": i["volume"], "modified": 0.0} for k, i in found if "problem" not in i]
 
     def _adopt(self, ref: PoolRef, source: str, volume: str) -> Any:
         return {"logical_id": source, "size": self._find(ref, source)["size"], "volume": volume}

@@ -58,14 +58,10 @@ class SpaceMonitor:
         found = []
         for pool in self._state.store.all(Pool):
             nodes = [n for n in self._state.store.all(Node) if n.group in pool.groups and self._state.health.alive(n.id)]
-            nodes = [n for n in nodes if not self._stalled(pool, n)]
+            # Its agent asks storage that is silent, and says when it answers.
+            nodes = [n for n in nodes if not self._state.stalled(pool, n)]
             found += [(pool, node) for node in (nodes if self._state.driver(pool).node_local else nodes[:1])]
         return found
-
-    def _stalled(self, pool: Pool, node: Node) -> bool:
-        """Whether the node says that the pool does not answer there: its agent asks it, and tells when it does again."""
-        report = self._state.health.report(node.id)
-        return report is not None and pool.id in report.stalled_pools
 
     async def _one(self, pool: Pool, node: Node) -> None:
         key, asked = self.key(pool, node.id), self._state.clock.monotonic()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from atoll.api.leader import Finding
-from atoll.model.errors import AtollError
+from atoll.model.errors import AtollError, Conflict
 from atoll.model.objects import Instance, Node, Pool, Volume, VolumeState
 from atoll.operations import trouble
 from atoll.operations.index import Index
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 #: Seconds that an agent has to list a pool; and one whose storage is silent on another node, and so perhaps on this one.
 PATIENCE, IMPATIENCE = 15.0, 3.0
+#: How many of other people's files are named.
+SHOWN = 5
 
 
 class StorageFindings:
@@ -26,10 +29,12 @@ class StorageFindings:
 
     def __init__(self, state: State, agents: Agents, engine: Engine, working_on: Callable[[str], bool]) -> None:
         self._state, self._agents, self._engine, self._working_on = state, agents, engine, working_on
+        #: Volumes whose images were deleted under their guests.
+        self._open: set[str] = set()
 
     async def look(self) -> list[Finding]:
         """All findings."""
-        found = [*self._stalled(), *self._stopped_guests()]
+        found = [*self._stalled(), *self._stopped_guests(), *await self._deleted()]
         # All pools at a time: one that is slow holds up none of the others.
         for findings in await asyncio.gather(*(self._pool(pool) for pool in self._state.store.all(Pool))):
             found += findings
@@ -65,57 +70,154 @@ class StorageFindings:
 
     # --- from the storage ---
 
+    async def _deleted(self) -> list[Finding]:
+        """Images deleted (or replaced) by hand under their guests: found by what the guests have open."""
+        nodes = [n for n in self._state.store.all(Node) if self._state.health.alive(n.id)]
+        answers = await asyncio.gather(*(self._ask(n.id, "guest.deleted", {}, IMPATIENCE) for n in nodes))
+        found = []
+        for node, answer in zip(nodes, answers, strict=True):
+            for image in answer if isinstance(answer, list) else ():
+                volume = self._state.store.get(Volume, image["volume"])
+                instance = self._state.store.get(Instance, image["instance"])
+                if volume is None or instance is None:
+                    continue
+                self._open.add(volume.id)
+                why = f"{image['path']} was deleted; its data is there until guest {instance.name} ends: do not stop it before this:"
+                commands = (
+                    f"on {node.name}: kill -STOP {image['pid']}",
+                    f"on {node.name}: cp --sparse=always /proc/{image['pid']}/fd/{image['fd']} {image['path']}.saved",
+                    f"on {node.name}: mv {image['path']}.saved {image['path']}",
+                    f"atoll instance stop {instance.name} --timeout 0",
+                    f"atoll instance start {instance.name}",
+                )
+                found.append(Finding("error", "image was deleted under its guest", f"{volume.name} on {node.name}", why, None, commands))
+        return found
+
     async def _pool(self, pool: Pool) -> list[Finding]:
         state = self._state
         local = state.driver(pool).node_local
         nodes = [n for n in state.store.all(Node) if n.group in pool.groups and state.health.alive(n.id) and not n.offline]
         # Those where it is stalled are told of already, and an answer from there would have to be waited for in vain.
-        silent = [n for n in nodes if (report := state.health.report(n.id)) and pool.id in report.stalled_pools]
+        silent = [n for n in nodes if state.stalled(pool, n)]
         nodes, patience = [n for n in nodes if n not in silent], IMPATIENCE if silent else PATIENCE
         found: list[Finding] = []
-        for node in nodes if local else nodes[:1]:
-            try:
-                ref = state.ref(pool, node).model_dump(mode="json")
-                images = await self._agents.ask(node.id, "volume.list", {"ref": ref}, deadline=patience)
-            except AtollError as error:
+        usable = []
+        for node, answer in zip(nodes, await asyncio.gather(*(self._check(pool, n, patience) for n in nodes)), strict=True):
+            if answer:
+                commands: tuple[str, ...] = (f"atoll pool check {pool.name}",)
+                found.append(Finding("error", "pool cannot be used on a node", f"{pool.name} on {node.name}", answer, None, commands))
+            else:
+                usable.append(node)
+        for node in usable if local else usable[:1]:
+            ref = state.ref(pool, node).model_dump(mode="json")
+            images = await self._ask(node.id, "volume.list", {"ref": ref}, patience)
+            if isinstance(images, AtollError):
                 commands = (f"atoll pool check {pool.name}",)
-                found.append(Finding("error", "pool cannot be listed", f"{pool.name} on {node.name}", error.message, None, commands))
+                found.append(Finding("error", "pool cannot be listed", f"{pool.name} on {node.name}", images.message, None, commands))
                 continue
-            found += self._compare(pool, node, images, local)
+            compared = Images(state, self._engine, pool, node, images, self._working_on)
+            found += [*compared.orphans(), *compared.sizes(), *compared.foreign()]
+            for volume in compared.missing():
+                if volume.id not in self._open:
+                    found.append(await self._missing(compared, volume, ref, patience))
         return found
 
-    def _compare(self, pool: Pool, node: Node, images: list[dict[str, Any]], local: bool) -> list[Finding]:
-        state = self._state
-        place = f"{pool.name} on {node.name}" if local else pool.name
-        known = {v.logical_id: v for v in state.store.all(Volume) if v.pool == pool.id and (not local or node.id in (v.node, v.secondary))}
-        owned = {v.id for v in known.values()}
+    async def _check(self, pool: Pool, node: Node, patience: float) -> str:
+        """Why the pool cannot be used on the node; empty if it can."""
+        answer = await self._ask(node.id, "pool.check", {"ref": self._state.ref(pool, node).model_dump(mode="json")}, patience)
+        if isinstance(answer, AtollError):
+            return answer.message
+        return "" if answer["ok"] else str(answer["reason"])
+
+    async def _missing(self, compared: Images, volume: Volume, ref: dict[str, Any], patience: float) -> Finding:
+        """An image that is not among the pool's files: it is gone, or something else is in its place."""
+        answer = await self._ask(compared.node.id, "volume.stat", {"ref": ref, "logical_id": volume.logical_id}, patience)
+        about = f"{volume.name} in {compared.place}"
+        if isinstance(answer, Conflict):
+            where = compared.pool.options.get("path", "the pool's directory")
+            look = f"on {compared.node.name}: ls -l {where}/{volume.logical_id}"
+            why = f"{answer.message}; put the image itself there"
+            return Finding("error", "what is there is no image", about, why, None, (look,))
+        owner = self._state.store.get(Instance, volume.instance or "")
+        new = f"atoll instance recreate {owner.name}" if owner else f"atoll volume delete {volume.name}"
+        why = f"{volume.logical_id} is not there; put it back from a backup, or {'make an empty disk' if owner else 'drop its record'}"
+        return Finding("error", "image is missing", about, why, None, (new,))
+
+    async def _ask(self, node: str, method: str, args: dict[str, Any], patience: float) -> Any:
+        """The agent's answer, or its error."""
+        try:
+            return await self._agents.ask(node, method, args, deadline=patience)
+        except AtollError as error:
+            return error
+
+
+class Images:
+    """What lies in a pool (on a node, where it is node-local), beside what the records say."""
+
+    def __init__(
+        self, state: State, engine: Engine, pool: Pool, node: Node, images: list[dict[str, Any]], working_on: Callable[[str], bool]
+    ) -> None:
+        self._state, self._engine, self._images, self._working_on = state, engine, images, working_on
+        self.pool, self.node, self._local = pool, node, state.driver(pool).node_local
+        self.place = f"{pool.name} on {node.name}" if self._local else pool.name
+        volumes = [v for v in state.store.all(Volume) if v.pool == pool.id and (not self._local or node.id in (v.node, v.secondary))]
+        self._known = {v.logical_id: v for v in volumes}
+        self._owned = {v.id for v in volumes}
+
+    def orphans(self) -> list[Finding]:
+        """Images with names of ours that no volume owns."""
         found = []
-        present = set()
-        for image in images:
-            present.add(image["logical_id"])
-            age = state.clock.now() - image["modified"] if image["modified"] else None
-            if image["volume"] and image["volume"] not in owned and not self._working_on(image["volume"]):
-                adopt = f"atoll volume create --pool {pool.name} --adopt {image['logical_id']}" + (f" -n {node.name}" if local else "")
-                why = "an image with one of our names that no volume owns"
-                found.append(
-                    Finding(
-                        "warning",
-                        "orphan image",
-                        f"{image['logical_id']} in {place}",
-                        why,
-                        age,
-                        (f"keep it: {adopt}", "or delete the file"),
-                    )
-                )
-            volume = known.get(image["logical_id"])
-            if volume is not None and volume.size != image["size"] and not self._engine.busy(volume.resource):
-                why = f"the record says {volume.size} bytes, the image has {image['size']}"
-                found.append(Finding("warning", "size differs", volume.name, why, age, (f"atoll volume info {volume.name}",)))
-        for logical_id, volume in known.items():
-            if logical_id and logical_id not in present and volume.state in (VolumeState.AVAILABLE, VolumeState.IN_USE):
-                if self._engine.busy(volume.resource):
-                    continue
-                owner = state.store.get(Instance, volume.instance or "")
-                fix = f"atoll instance recreate {owner.name}" if owner else f"atoll volume delete {volume.name}"
-                found.append(Finding("error", "image is missing", f"{volume.name} in {place}", f"{logical_id} is not there", None, (fix,)))
+        for image in self._images:
+            name, volume = image["logical_id"], image["volume"]
+            if not volume or volume in self._owned or name in self._known or self._working_on(volume):
+                continue
+            why = "an image with one of our names that no volume owns"
+            commands: tuple[str, ...] = (f"keep it: {self._adopt(name)}", "or delete the file")
+            if name.startswith("."):
+                why, commands = "what an interrupted creation has left; no volume owns it", (f"on {self.node.name}: rm {name}",)
+            found.append(Finding("warning", "orphan image", f"{name} in {self.place}", why, self._age(image), commands))
         return found
+
+    def sizes(self) -> list[Finding]:
+        """Images whose size is not their volume's."""
+        found = []
+        for image in self._images:
+            volume = self._known.get(image["logical_id"])
+            if volume is None or volume.size == image["size"] or self._engine.busy(volume.resource):
+                continue
+            why = f"the record says {volume.size} bytes, the image has {image['size']}"
+            size = max(volume.size, -(-image["size"] // 512) * 512)
+            owner = self._state.store.get(Instance, volume.instance or "")
+            index = next((n for n, d in enumerate(owner.disks) if d.volume == volume.id), 0) if owner else 0
+            fix = f"atoll instance grow-disk {owner.name} {index}" if owner else f"atoll volume grow {volume.name}"
+            commands: tuple[str, ...] = (f"{fix} {size}B --absolute",)
+            if image["size"] < volume.size:
+                why += ": its end was cut off, and what was there is gone; put it back from a backup, or fill it up with zeros"
+                found.append(Finding("error", "image was cut off", volume.name, why, self._age(image), commands))
+            else:
+                found.append(Finding("warning", "size differs", volume.name, why, self._age(image), commands))
+        return found
+
+    def foreign(self) -> list[Finding]:
+        """Files that are not Atoll's, all in one finding: they are left alone, and may be adopted."""
+        names = [image["logical_id"] for image in self._images if not image["volume"] and image["logical_id"] not in self._known]
+        if not names:
+            return []
+        many = f"{len(names)} files" if len(names) > 1 else "a file"
+        why = f"{', '.join(names[:SHOWN])}{' ...' if len(names) > SHOWN else ''}: left alone"
+        commands = (f"to make a volume of it: {self._adopt(names[0])}",)
+        return [Finding("info", f"{many} of other people", self.place, why, None, commands)]
+
+    def missing(self) -> list[Volume]:
+        """Volumes whose image is not among the files."""
+        present = {image["logical_id"] for image in self._images}
+        states = (VolumeState.AVAILABLE, VolumeState.IN_USE)
+        found = [v for name, v in self._known.items() if name and name not in present and v.state in states]
+        return [v for v in found if not self._engine.busy(v.resource)]
+
+    def _adopt(self, name: str) -> str:
+        quoted = shlex.quote(name)
+        return f"atoll volume create --pool {self.pool.name} --adopt {quoted}" + (f" -n {self.node.name}" if self._local else "")
+
+    def _age(self, image: dict[str, Any]) -> float | None:
+        return self._state.clock.now() - image["modified"] if image["modified"] else None

@@ -63,6 +63,11 @@ class PlacementView:
         """Whether its agent is at most one version away from this master."""
         return self._state.speaks(node)
 
+    def stalled(self, node: str) -> frozenset[str]:
+        """The pools (ids) whose storage does not answer on the node, as it has reported."""
+        report = self._state.health.report(node)
+        return frozenset(report.stalled_pools) if report else frozenset()
+
     def free_memory(self, node: str) -> int:
         """Free memory less a reserve and what claims promise beyond what the report shows."""
         report = self._state.health.report(node)

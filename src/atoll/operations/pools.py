@@ -10,9 +10,9 @@ from atoll.model.errors import UNKNOWN_OUTCOME, AtollError, InUse, InvalidInput,
 from atoll.model.ids import new_id
 from atoll.model.messages import PoolRef
 from atoll.model.objects import Group, Instance, Node, Pool, Volume, Writers
-from atoll.operations.common import check_new_name, frozen, locks, name_lock, prepare_tags, run_tags
+from atoll.operations.common import check_new_name, check_usable, frozen, locks, name_lock, prepare_tags, run_tags
 from atoll.operations.registry import Operation, Prepared, register
-from atoll.operations.requests import Nothing, PoolAdd, PoolConnect, PoolModify, PoolRemove, TagsChange
+from atoll.operations.requests import Nothing, PoolAdd, PoolConnect, PoolMark, PoolModify, PoolRemove, TagsChange
 from atoll.operations.state import State
 from atoll.storage import registry as drivers
 from atoll.storage.contract import DriverInfo
@@ -265,6 +265,29 @@ async def _run_check(job: JobContext, request: dict[str, Any]) -> Any:
 
 
 register(Operation("pool.check", Nothing, _prepare_check, _run_check))
+
+
+def _prepare_mark(state: State, target: str, request: PoolMark) -> Prepared:
+    pool = state.store.find(Pool, target)
+    node = check_usable(state, state.store.find(Node, request.node)) if request.node else state.pool_node(pool)
+    return Prepared({"id": pool.id, "node": node.id}, locks([node.resource], [pool.resource]), f"mark pool {pool.name} on {node.name}")
+
+
+async def _run_mark(job: JobContext, request: dict[str, Any]) -> Any:
+    """Somebody has removed the mark. The person's word that this is the right place is checked by the images that must be there."""
+
+    def plan() -> dict[str, Any]:
+        state: State = job.state
+        pool, node = state.store.require(Pool, request["id"]), state.store.require(Node, request["node"])
+        local = state.driver(pool).node_local
+        volumes = [v for v in state.store.all(Volume) if v.pool == pool.id and (not local or node.id in (v.node, v.secondary))]
+        return {"ref": state.ref(pool, node).model_dump(mode="json"), "expected": [v.logical_id for v in volumes if v.logical_id]}
+
+    await job.call("mark", request["node"], "pool.mark", await job.read("plan", plan))
+    return {"pool": request["id"]}
+
+
+register(Operation("pool.mark", PoolMark, _prepare_mark, _run_mark, role="admin"))
 
 
 def _prepare_modify(state: State, target: str, request: PoolModify) -> Prepared:

@@ -154,6 +154,12 @@ class PoolConnect(Request):
     group: Ref
 
 
+class PoolMark(Request):
+    """Mark the storage as this pool's again, as ``node`` sees it; node-local pools need a node."""
+
+    node: Ref | None = None
+
+
 class PoolModify(Request):
     """Open a pool for new volumes, or close it."""
 

@@ -168,4 +168,11 @@ class State:
         candidates = [n for n in self.pool_nodes(pool) if n.id not in exclude]
         if not candidates:
             raise WrongState(f"no node that reaches pool {pool.name} answers", hint="atoll node list")
+        # Where its storage gives no answer only if it gives none anywhere.
+        candidates = [n for n in candidates if not self.stalled(pool, n)] or candidates
         return next((n for n in candidates if n.id == prefer), candidates[0])
+
+    def stalled(self, pool: Pool, node: Node) -> bool:
+        """Whether the node says that the pool's storage does not answer there."""
+        report = self.health.report(node.id)
+        return report is not None and pool.id in report.stalled_pools

@@ -42,6 +42,9 @@ class Cluster(Protocol):
     def speaks(self, node: str) -> bool:
         """Whether its agent is at most one version away."""
 
+    def stalled(self, node: str) -> frozenset[str]:
+        """The pools (ids) whose storage does not answer on the node."""
+
     def free_memory(self, node: str) -> int:
         """Memory that no instance uses or was promised, in bytes."""
 
@@ -75,6 +78,9 @@ def _refusal(cluster: Cluster, needs: Needs, node: Node, free: int) -> str:
         return "does not answer"
     if not cluster.speaks(node.id):
         return "runs an agent that is more than one version away from this master"
+    silent = [pool.name for pool in needs.pools if pool.id in cluster.stalled(node.id)]
+    if silent:
+        return f"gets no answer from the storage of pool {', '.join(silent)}"
     if not node.ready:
         return "has not prepared its pools yet"
     if free < needs.memory:

@@ -93,6 +93,10 @@ class PoolDriver(Protocol):
         Errors: PoolUnavailable (not mounted, marker of another pool, directory missing), InvalidInput (bad options).
         """
 
+    def mark(self, expected: list[str]) -> None:
+        """Mark the storage as this pool's again, where somebody has removed the mark; marked already is success. ``expected``: logical ids
+        that it should hold. Errors: PoolUnavailable (it holds none of them: it is another place), Conflict (it is another pool's)."""
+
     def forget(self) -> None:
         """Remove the pool's own mark; volumes and other people's files stay."""
 
@@ -115,13 +119,13 @@ class PoolDriver(Protocol):
         """Let the image's name follow the volume's; gives the logical id. Repeating a finished rename is success."""
 
     def stat(self, logical_id: str) -> VolumeStat | None:
-        """What the storage says, or None when it is not there. Errors: PoolUnavailable."""
+        """What the storage says, or None when it is not there. Errors: PoolUnavailable, Conflict (what is there is no image)."""
 
     def volumes(self) -> list[VolumeStat]:
         """All images, other people's included (their ``volume`` is None)."""
 
     def adopt(self, source: str, volume: str) -> VolumeStat:
-        """Look at an existing image that shall become a volume; nothing is written. Errors: NotFound, DiskInUse, InvalidInput."""
+        """Look at an existing image that shall become a volume; nothing is written. Errors: NotFound, DiskInUse, InvalidInput, Conflict."""
 
     def writers(self, logical_id: str) -> list[Writer]:
         """Who has it open for writing, as the storage tells it."""

@@ -29,7 +29,7 @@ def explain(error: OSError, what: str) -> AtollError:
     if error.errno in _GONE:
         return PoolUnavailable(said)
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return PoolUnavailable(said, hint="look at the directory's permissions and mount options")
+        return PoolUnavailable(said, hint="look at the permissions (lsattr, too) and the mount options of what is named")
     return HostError(said)
 
 
@@ -65,7 +65,9 @@ class Directory:
                 self._check_mark(fd, path)
             yield fd
         except OSError as error:
-            raise explain(error, f"pool {self._ref.name} ({path})") from error
+            # Names are relative to the directory: which file it is about.
+            about = f", {error.filename}" if isinstance(error.filename, str) and "/" not in error.filename else ""
+            raise explain(error, f"pool {self._ref.name} ({path}{about})") from error
         finally:
             os.close(fd)
 
@@ -93,7 +95,7 @@ class Directory:
             raise PoolUnavailable(
                 f"{path} is not marked as pool {self._ref.name}: the share is not mounted, or it is another one; "
                 "nothing is written into a bare mount point",
-                hint=f"mount the share, then: atoll pool check {self._ref.name}",
+                hint=f"mount the share; if its mark was removed: atoll pool mark {self._ref.name} -n {self._ref.node or 'NODE'}",
             )
         marker.check_owner(mark, self._ref, path)
 

@@ -45,7 +45,7 @@ def check_plain(logical_id: str) -> str:
 
 @contextlib.contextmanager
 def opened(directory: int, logical_id: str, flags: int = os.O_RDONLY) -> Iterator[int]:
-    """An open image. Errors: NotFound, InvalidInput (a symlink, or no regular file)."""
+    """An open image. Errors: NotFound, Conflict (a symlink, or no regular file)."""
     try:
         # Not blocking: somebody may have put a pipe there.
         fd = os.open(check_plain(logical_id), flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=directory)
@@ -53,11 +53,11 @@ def opened(directory: int, logical_id: str, flags: int = os.O_RDONLY) -> Iterato
         raise NotFound(f"there is no image {logical_id}", hint="atoll cluster verify") from None
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-            raise InvalidInput(f"{logical_id} is not a regular file") from None
+            raise _no_file(logical_id, _status(directory, logical_id)) from None
         raise
     try:
         if not modes.S_ISREG(os.fstat(fd).st_mode):
-            raise InvalidInput(f"{logical_id} is not a regular file")
+            raise _no_file(logical_id, os.fstat(fd))
         yield fd
     finally:
         os.close(fd)
@@ -68,6 +68,17 @@ def _status(directory: int, name: str) -> os.stat_result | None:
         return os.stat(name, dir_fd=directory, follow_symlinks=False)
     except FileNotFoundError:
         return None
+
+
+def _kind(status: os.stat_result | None) -> str:
+    """What is there in place of a file; empty for a file."""
+    tests = ((modes.S_ISREG, ""), (modes.S_ISLNK, "a symbolic link"), (modes.S_ISDIR, "a directory"))
+    return next((what for test, what in tests if status is not None and test(status.st_mode)), "a special file")
+
+
+def _no_file(name: str, status: os.stat_result | None) -> Conflict:
+    """Somebody has put something else where an image should be. A link may lead anywhere: none is followed."""
+    return Conflict(f"{name} is {_kind(status)}, not an image; nothing is read or written through it", hint="atoll cluster verify")
 
 
 def _as_stat(name: str, status: os.stat_result) -> VolumeStat:
@@ -81,7 +92,7 @@ def describe(directory: int, logical_id: str) -> VolumeStat | None:
     name = logical_id if logical_id.startswith(TEMPORARY) and "/" not in logical_id else check_plain(logical_id)
     status = _status(directory, name)
     if status is not None and not modes.S_ISREG(status.st_mode):
-        raise InvalidInput(f"{logical_id} is not a regular file")
+        raise _no_file(logical_id, status)
     return None if status is None else _as_stat(name, status)
 
 
@@ -146,7 +157,7 @@ def rename(directory: int, logical_id: str, volume: str, name: str, *, locking: 
 
 
 def adopt(directory: int, source: str, *, locking: bool) -> VolumeStat:
-    """Look at an image that shall become a volume. Errors: NotFound, InvalidInput, DiskInUse."""
+    """Look at an image that shall become a volume. Errors: NotFound, InvalidInput, Conflict (it is no file), DiskInUse."""
     with opened(directory, source) as fd:
         status = os.fstat(fd)
         if os.pread(fd, 4, 0) == _QCOW2:

@@ -185,6 +185,27 @@ def give(fd: int, owner: str) -> None:
         os.fchown(fd, user.pw_uid, user.pw_gid)
 
 
+def may_enter(path: str, owner: str) -> bool:
+    """Whether the guests' user gets to files in a directory. True where that cannot be tried (we are not root, or have no such user)."""
+    try:
+        user = pwd.getpwnam(owner)
+    except KeyError:
+        return True
+    if os.geteuid() != 0:
+        return True
+    groups, group = os.getgroups(), os.getegid()
+    # As that user for one call: only the kernel knows of access lists and of what a share makes of root.
+    try:
+        os.setgroups(os.getgrouplist(owner, user.pw_gid))
+        os.setegid(user.pw_gid)
+        os.seteuid(user.pw_uid)
+        return os.access(path, os.X_OK, effective_ids=True)
+    finally:
+        os.seteuid(0)
+        os.setegid(group)
+        os.setgroups(groups)
+
+
 def _allocate(fd: int, start: int, size: int, preallocation: str) -> None:
     if preallocation != "off":
         os.posix_fallocate(fd, start, size - start)

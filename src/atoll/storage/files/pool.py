@@ -6,7 +6,7 @@ import contextlib
 import os
 from typing import Literal
 
-from atoll.model.errors import AtollError, NotSupported
+from atoll.model.errors import AtollError, NotSupported, PoolUnavailable
 from atoll.model.messages import Connection, PoolRef, PoolStatus, Space, VolumeStat, Writer
 from atoll.storage.contract import VolumeSpec
 from atoll.storage.files import images, locks, making, options
@@ -39,6 +39,16 @@ class FilePool:
                 making.clean(fd)
         return self.check()
 
+    def mark(self, expected: list[str]) -> None:
+        """See ``PoolDriver``."""
+        with self.directory.open(unmarked=True) as fd:
+            if expected and not any(images.describe(fd, wanted) for wanted in expected):
+                raise PoolUnavailable(
+                    f"none of the {len(expected)} images of pool {self.ref.name} is in {self.directory.path}: this is not its directory",
+                    hint=f"mount its share on {self.ref.node}, then: atoll pool check {self.ref.name}",
+                )
+            self.directory.mark(fd)
+
     def forget(self) -> None:
         """See ``PoolDriver``."""
         with self.directory.open(unmarked=True) as fd:
@@ -54,6 +64,9 @@ class FilePool:
                 details = {"mount": mount.point, "file system": mount.fstype}
                 if os.fstatvfs(fd).f_flag & os.ST_RDONLY:
                     return PoolStatus(ok=False, reason=f"{self.directory.path} is mounted read-only", details=details)
+            if self._owner and not making.may_enter(self.directory.path, self._owner):
+                reason = f"guests run as user {self._owner}, which may not enter {self.directory.path}"
+                return PoolStatus(ok=False, reason=f"{reason}: chmod a+x it and what is above it", details=details)
             return PoolStatus(ok=True, space=self.space(), details=details)
         except AtollError as error:
             return PoolStatus(ok=False, reason=error.message)
