@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 #: Below it everybody who may make instances may name files; elsewhere only admins may, for a file's bytes end up on a disk that they read.
 OPEN_DIRECTORY = "/var/lib/atoll/images"
@@ -32,3 +32,40 @@ class ImageSource(BaseModel):
     def open_to_operators(self) -> bool:
         """Whether it lies where operators may take images from."""
         return self.path.startswith(OPEN_DIRECTORY + "/")
+
+
+_KEY_TYPES = ("ssh-", "ecdsa-", "sk-")
+#: What cloud-init recognises at the beginning of user data; anything else it would silently leave alone.
+_USER_DATA = ("#", "Content-Type:", "MIME-Version:", "From ")
+
+
+def _ssh_key(line: str) -> str:
+    line = line.strip()
+    words = line.split()
+    # The key is not repeated in the error: it may be the private one.
+    if len(words) < 2 or not words[0].startswith(_KEY_TYPES) or "\n" in line or not line.isprintable():
+        raise ValueError("not the public half of an SSH key, one line as in a file ~/.ssh/id_ed25519.pub")
+    return line
+
+
+def _user_data(text: str) -> str:
+    if text and not text.startswith(_USER_DATA):
+        raise ValueError("user data begins with #cloud-config, #! or another header that cloud-init knows")
+    return text
+
+
+Document = Annotated[str, StringConstraints(max_length=512 << 10)]
+
+
+class CloudInit(BaseModel):
+    """What cloud-init in the guest shall find on its NoCloud seed, a small disk labelled ``cidata``. All of it may be secret, so a job keeps
+    it ``sealed``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    user_data: Annotated[Document, AfterValidator(_user_data)] = ""
+    #: Lines that it lacks (instance-id, local-hostname) are added.
+    meta_data: Document = ""
+    network_config: Document = ""
+    ssh_keys: list[Annotated[str, StringConstraints(max_length=16384), AfterValidator(_ssh_key)]] = Field(default_factory=list, max_length=64)
+    #: Only Atoll's own: the other fields, encrypted under the master's key.
+    sealed: str = ""
