@@ -11,7 +11,7 @@ packages=(python3 python3-venv)
 host=(qemu-system-x86 qemu-utils busybox-static xfsprogs iproute2 lz4 cpio binutils gcc libc6-dev openssl procps openssh-client)
 case ${1:-demo} in
     demo) extras="" packages+=("${host[@]}") ;;
-    test) extras="[test]" packages+=("${host[@]}" bindfs) ;;
+    test) extras="[test]" packages+=("${host[@]}" bindfs mmdebstrap extlinux e2fsprogs) ;;
     check) extras="[test,check]" ;;
     *) echo "usage: scripts/setup.sh demo|test|check" >&2; exit 2 ;;
 esac

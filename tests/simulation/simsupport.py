@@ -445,6 +445,7 @@ STORIES = [
     Story("add", "instance.add", "", {"name": "new", "disks": [{"size": GIB}, {"size": GIB}], "memory": GIB, "node": "node1"}),
     Story("add-local", "instance.add", "", {"name": "new", "template": "local", "disks": [{"size": GIB}], "memory": GIB}, local),
     Story("add-image", "instance.add", "", {"name": "new", "disks": IMAGED, "memory": GIB, "node": "node1"}, image_on("node2")),
+    Story("add-seed", "instance.add", "", {"name": "new", "disks": [{"size": GIB}], "cloud_init": {"user_data": "#!/bin/sh"}}),
     Story("add-image-local", "instance.add", "", {"name": "new", "node": "node1", "template": "local", "disks": IMAGED}, local_image),
     Story("remove", "instance.remove", "web1", {"timeout": 1.0}, running),
     Story("start", "instance.start", "web1", {}, stopped),

@@ -288,6 +288,7 @@ BAD = [
     ("instance add w --disk 0:size=0", "is not positive"),
     ("instance add w --disk 0:size=2000000T", "larger than 1 EiB"),
     ("instance add w --disk 0:size=ten", "is not a size"),
+    ("instance add w --ssh-key /etc/hostname", "SSH key"),
     ("instance add w --image disk.img", "this machine is no node of the cluster"),
     ("instance add w --image node1:disk.img", "not an absolute path"),
     ("instance add w --image node1:/a --disk 0:adopt=b", "cannot be made from two images"),
@@ -343,3 +344,25 @@ async def test_help_of_every_command_says_what_it_does() -> None:
     for name, make in ganeti.PROGRAMS.items():
         walk(make(), [f"gnt-{name}"])
     assert set(GROUPS) == {"cluster", "node", "group", "pool", "volume", "instance", "job", "lab", "completion"}
+
+
+async def test_a_seed_is_read_from_files_and_stdin(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("# mine\nssh-ed25519 AAAA me\n\nssh-rsa BBBB\n")
+    (tmp_path / "net").write_text("version: 2\n")
+    line = f"instance add w --user-data - --ssh-key {tmp_path}/keys --network-config {tmp_path}/net"
+    result = await cli.invoke(line.split(), input="#!/bin/sh\necho secret\n")
+    assert result.exit_code == 0, result.output
+    _, _, request, _, _ = cli.leader.asked[-1]
+    assert request["cloud_init"] == {
+        "user_data": "#!/bin/sh\necho secret\n",
+        "meta_data": "",
+        "network_config": "version: 2\n",
+        "ssh_keys": ["ssh-ed25519 AAAA me", "ssh-rsa BBBB"],
+        "sealed": "",
+    }
+    assert "secret" not in result.output
+    (tmp_path / "private").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\nAAAA\n")
+    refused = await cli.invoke(["instance", "add", "w", "--ssh-key", str(tmp_path / "private")])
+    assert "private half" in refused.exception.message
+    await cli.invoke(["instance", "add", "w", "--cloud-init"])
+    assert cli.leader.asked[-1][2]["cloud_init"]["user_data"] == ""

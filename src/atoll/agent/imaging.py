@@ -14,7 +14,8 @@ from atoll.storage import copy, sources
 
 #: Seconds to open an image and read its header: it may lie on a share that hangs.
 _LOOK = 30.0
-_LONG = 3300.0
+#: For the copying itself: a terabyte over a network takes hours.
+_LONG = 82000.0
 
 
 def _look(path: str, chosen: str | None) -> sources.Source:

@@ -25,6 +25,7 @@ from atoll.cli.options import (
     target,
 )
 from atoll.cli.reads import info_command, list_command
+from atoll.cli.seed import seed_of, seed_options
 from atoll.model.errors import InvalidInput
 from atoll.model.units import parse_size
 
@@ -69,6 +70,7 @@ instance.add_command(info_command("instance"))
 @click.option("-g", "--node-group", "group", metavar="GROUP", help="In which group.", shell_complete=complete("group"))
 @click.option("-o", "--os-type", "os", default="", metavar="OS", help="A note of what is installed.")
 @_machine_options
+@seed_options
 @click.option("--tags", metavar="TAGS", help="Tags, with commas.")
 @click.option("--no-start", is_flag=True, help="Do not start it.")
 @job_options
@@ -107,6 +109,7 @@ def add(
         "secondary": secondary or None,
         "group": group,
         "os": os,
+        "cloud_init": seed_of(options),
         "start": not no_start,
         "tags": tags.split(",") if tags else [],
         **backend(backend_text),

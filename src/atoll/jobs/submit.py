@@ -80,7 +80,7 @@ class Submitter:
             who=who,
             parent=parent,
             created=self._engine.clock.now(),
-            deadline=found.deadline,
+            deadline=prepared.deadline or found.deadline,
             summary=prepared.summary,
         )
 

@@ -133,7 +133,8 @@ class Box:
         if self.kept:
             authority = CertificateAuthority(store, self.secrets, self.clock, self.kept["master"], ("node1", "127.0.0.1"))
             admission = Admission(authority, ("https://127.0.0.1:7770",))
-        self.leader = MasterLeader(store, self.transport, self.clock, admission=admission, rng=random.Random(self.rng.random()))
+        rng = random.Random(self.rng.random())
+        self.leader = MasterLeader(store, self.transport, self.clock, admission=admission, rng=rng, secrets=self.secrets)
         await self.leader.start(loops=self.loops)
 
     async def crash_master(self) -> None:

@@ -218,6 +218,7 @@ class BoxStorage:
             "image.import": self._import_image,
             "image.push": self._import_image,
             "image.unimport": self._nothing,
+            "seed.write": self._write_seed,
         }
 
     async def _serve(self, args: dict[str, Any], report: Report) -> Any:
@@ -247,6 +248,11 @@ class BoxStorage:
         if found is None:
             raise NotFound(f"there is no image {args['path']} on {self._node}")
         return found
+
+    async def _write_seed(self, args: dict[str, Any], report: Report) -> Any:
+        await self._point("seed", "before")
+        self._find(PoolRef(**args["ref"]), args["logical_id"])["content"] = dict(args["files"])
+        await self._point("seed", "after")
 
     async def _import_image(self, args: dict[str, Any], report: Report) -> Any:
         """Both ways, here and to a peer that serves."""

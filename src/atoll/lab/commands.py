@@ -28,6 +28,27 @@ def lab() -> None:
 
 
 @lab.command()
+@click.argument("path", type=click.Path(dir_okay=False))
+@click.option("--cloud-init", "cloud_init", is_flag=True, help="With systemd, cloud-init and an SSH server, as people run it.")
+def image(path: str, cloud_init: bool) -> None:
+    """Make a disk with Debian that boots by itself, from Debian's packages: for instance add --image PATH.
+
+    The first time takes a minute or two; needs root, mmdebstrap and extlinux.
+    """
+    import subprocess
+
+    from atoll.lab import debian
+    from atoll.model.errors import HostError
+
+    click.echo("Making a disk from Debian's packages; it is kept for the next time")
+    made = debian.build(cloud_init=cloud_init)
+    done = subprocess.run(["cp", "--sparse=always", "--", made, path], capture_output=True, text=True, timeout=600, check=False)
+    if done.returncode:
+        raise HostError(done.stderr.strip())
+    click.echo(f"{path} is ready: atoll instance add web1 -t POOL --image {path} -B maxmem=512M --cloud-init")
+
+
+@lab.command()
 @click.option("--nodes", default=3, show_default=True, help="How many; the first is the master.")
 @click.option("--name", "-L", default="demo", show_default=True, metavar="LAB")
 @click.option("--disks", default=0, show_default=True, help="Spare disks per node, /dev/disk1 and so on.")

@@ -22,6 +22,7 @@ from atoll.runtime.clock import SystemClock
 from atoll.runtime.config import Config, load
 from atoll.runtime.httpserver import listening
 from atoll.runtime.logs import configure
+from atoll.runtime.secrets import SecretBox
 from atoll.runtime.systemd import notify_ready
 from atoll.runtime.tls import fresh_client
 from atoll.store.cache import LeaderStore
@@ -60,6 +61,7 @@ async def _lead(config: Config, leading: LeaderStore, transport: HttpsTransport)
         transport,
         clock,
         admission=Admission(authority, (own_url(config),)),
+        secrets=SecretBox.load_or_create(config.etc_dir / "master.key"),
         node=config.node,
         url=own_url(config),
         keyring=lambda: read_keyring(config),

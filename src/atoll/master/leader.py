@@ -29,6 +29,7 @@ from atoll.operations.state import State
 from atoll.rpc.agents import Agents
 from atoll.rpc.contract import Transport
 from atoll.runtime.clock import Clock
+from atoll.runtime.secrets import SecretBox
 from atoll.store.cache import LeaderStore
 
 log = structlog.get_logger()
@@ -51,6 +52,7 @@ class MasterLeader:
         *,
         admission: Admission | None = None,
         rng: random.Random | None = None,
+        secrets: SecretBox | None = None,
         node: str = "",
         url: str = "",
         keyring: Callable[[], dict[str, str]] = dict,
@@ -58,7 +60,7 @@ class MasterLeader:
     ) -> None:
         """``node``: the name of the node it leads from; ``url``: where it serves; ``keyring``, ``run``: see ``Shipper``."""
         self.health = HealthMonitor(clock)
-        self._state = State(store, self.health, clock, rng or random.SystemRandom())
+        self._state = State(store, self.health, clock, rng or random.SystemRandom(), secrets)
         self.engine = Engine(store, clock, find_operation, self._state)
         own = store.by_name(Node, node) if node else None
         self._state.replication.master, self._state.replication.url = own.id if own else "", url

@@ -54,18 +54,19 @@ def _user_data(text: str) -> str:
     return text
 
 
+SshKey = Annotated[str, StringConstraints(max_length=16384), AfterValidator(_ssh_key)]
 Document = Annotated[str, StringConstraints(max_length=512 << 10)]
 
 
 class CloudInit(BaseModel):
-    """What cloud-init in the guest shall find on its NoCloud seed, a small disk labelled ``cidata``. All of it may be secret, so a job keeps
-    it ``sealed``."""
+    """What cloud-init in the guest shall find on its NoCloud seed, a small disk labelled ``cidata``. All of it may be secret, so a
+    job keeps it ``sealed``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
     user_data: Annotated[Document, AfterValidator(_user_data)] = ""
     #: Lines that it lacks (instance-id, local-hostname) are added.
     meta_data: Document = ""
     network_config: Document = ""
-    ssh_keys: list[Annotated[str, StringConstraints(max_length=16384), AfterValidator(_ssh_key)]] = Field(default_factory=list, max_length=64)
+    ssh_keys: list[SshKey] = Field(default_factory=list, max_length=64)
     #: Only Atoll's own: the other fields, encrypted under the master's key.
     sealed: str = ""

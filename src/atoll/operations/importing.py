@@ -12,8 +12,8 @@ from atoll.model.units import format_size
 from atoll.operations.common import check_size_for
 from atoll.operations.state import State
 
-#: Seconds that copying one image may take.
-LONG = 3400.0
+#: Seconds that copying one image may take, and a job that does.
+LONG, DAY = 82800.0, 86400.0
 
 
 def plan_image(state: State, image: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from atoll.jobs.context import JobContext
@@ -10,7 +11,9 @@ from atoll.model.errors import InvalidInput, WrongState
 from atoll.model.ids import new_id
 from atoll.model.objects import Boot, Claim, Disk, Group, Instance, MachinePin, Nic, Node, Pool, Volume, VolumeState
 from atoll.model.units import format_size
+from atoll.operations import seed
 from atoll.operations.common import PlacementView, check_new_name, check_pool_open, frozen, locks, name_lock
+from atoll.operations.importing import DAY
 from atoll.operations.making import delete_image, make_volume, mark_deleting, plan_volume
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import InstanceAdd, InstanceRemove
@@ -72,6 +75,8 @@ def plan_add(state: State, request: dict[str, Any]) -> dict[str, Any]:
             )
         )
         volumes[-1]["mode"] = disk["mode"]
+    if request["cloud_init"]:
+        volumes.append(_plan_seed(state, request, pools, node, secondary, group))
     return {
         "instance": new_id("i", state.rng),
         "node": node.id,
@@ -82,6 +87,19 @@ def plan_add(state: State, request: dict[str, Any]) -> dict[str, Any]:
         "pin": state.store.require(Group, node.group).pin.model_dump(mode="json"),
         "hypervisor": state.cluster.hypervisor,
     }
+
+
+def _plan_seed(
+    state: State, request: dict[str, Any], pools: list[Pool], node: Node, secondary: str | None, group: str | None
+) -> dict[str, Any]:
+    """The seed's volume is where the first disk is."""
+    name = seed.name_of(request["name"])
+    check_new_name(state, Volume, name)
+    pool = pools[0] if pools else disk_pool(state, {"pool": None}, request["template"], group)
+    local, internal = state.driver(pool).node_local, state.driver(pool).mirroring is Mirroring.INTERNAL
+    owner = node.id if local else None
+    plan = plan_volume(state, name=name, pool=pool, size=seed.SIZE, adopt=None, node=owner, secondary=secondary if internal else None)
+    return {**plan, "mode": "ro", "seed": True}
 
 
 def plan_nics(state: State, nics: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -108,7 +126,8 @@ def _secondary(state: State, request: dict[str, Any], pools: list[Pool], node: N
 
 
 def _prepare_add(state: State, target: str, request: InstanceAdd) -> Prepared:
-    data = request.model_dump(mode="json")
+    kept = seed.sealed(state, request.cloud_init, request.name)
+    data = {**request.model_dump(mode="json"), "cloud_init": kept}
     check_new_name(state, Instance, request.name)
     plan = plan_add(state, data)  # for its errors only; it is made again when the locks are granted
     held = [name_lock(Instance, request.name)]
@@ -116,8 +135,10 @@ def _prepare_add(state: State, target: str, request: InstanceAdd) -> Prepared:
     held += [f"image:{v['pool']}:{v['adopt']}" for v in plan["volumes"] if v["adopt"]]
     shared = [f"pool:{v['pool']}" for v in plan["volumes"]] + [f"group:{plan['group']}", f"node:{plan['node']}"]
     shared += [f"node:{v['image']['node']}" for v in plan["volumes"] if v["image"]]
+    deadline = DAY if any(v["image"] for v in plan["volumes"]) else None
     sizes = ", ".join(format_size(v["size"]) if v["size"] else "from an image" for v in plan["volumes"]) or "no disks"
-    return Prepared(frozen(request, node=plan["node"]), locks(shared, held), f"add instance {request.name} ({sizes})")
+    summary = f"add instance {request.name} ({sizes})"
+    return Prepared(frozen(request, node=plan["node"], cloud_init=kept), locks(shared, held), summary, deadline=deadline)
 
 
 @undo_function("instance.forget")
@@ -155,7 +176,8 @@ async def _run_add(job: JobContext, request: dict[str, Any]) -> Any:
     for index, volume in enumerate(plan["volumes"]):
         low, high = (5 + 50 * n / len(plan["volumes"]) for n in (index, index + 1))
         job.progress(low, f"making disk {index}")
-        await make_volume(job, volume, instance=instance, span=(low, high))
+        filler = partial(seed.write, job, request, instance, volume["volume"]) if volume.get("seed") else None
+        await make_volume(job, volume, instance=instance, span=(low, high), filler=filler)
     disks = tuple(Disk(volume=v["volume"], slot=i, mode=v["mode"]) for i, v in enumerate(plan["volumes"]))
 
     def complete() -> Changes:

@@ -13,6 +13,7 @@ from atoll.operations.instance_add import plan_nics
 from atoll.operations.instance_power import instance_locks
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import InstanceModify, Rename, TagsChange
+from atoll.operations.seed import name_of
 from atoll.operations.state import State
 from atoll.operations.volumes import rename_image
 
@@ -21,7 +22,7 @@ def _renames(state: State, instance: Instance, new_name: str) -> list[tuple[str,
     """Volumes named after their instance follow its name."""
     found = []
     for _, volume in state.volumes_of(instance):
-        if volume.name.startswith(f"{instance.name}-disk"):
+        if volume.name.startswith(f"{instance.name}-disk") or volume.name == name_of(instance.name):
             found.append((volume.id, new_name + volume.name[len(instance.name) :]))
     return found
 

@@ -12,11 +12,12 @@ from atoll.model.messages import GuestDisk
 from atoll.model.objects import Disk, Group, Instance, Node, Pool, Volume, VolumeState
 from atoll.model.units import format_size
 from atoll.operations.common import check_new_name, check_pool_open, check_size_for, find_disk, frozen, locks, name_lock, needs_of
+from atoll.operations.importing import DAY
 from atoll.operations.instance_add import disk_pool
 from atoll.operations.instance_power import instance_locks
 from atoll.operations.making import delete_image, make_volume, mark_deleting, plan_volume
 from atoll.operations.registry import Operation, Prepared, register
-from atoll.operations.requests import ActivateDisks, AddDisk, AttachDisk, DetachDisk, GrowDisk, Recreate
+from atoll.operations.requests import ActivateDisks, AddDisk, AttachDisk, DetachDisk, GrowDisk
 from atoll.operations.running import access_of, attached, check_connections, check_runs, connect_disks, detached, free_claim
 from atoll.operations.state import State
 from atoll.operations.volumes import grow_image, new_size
@@ -167,15 +168,15 @@ def _prepare_add_disk(state: State, target: str, request: AddDisk) -> Prepared:
     home = (node.id if node else None) or instance.home
     name = request.disk.name or _disk_name(state, instance)
     check_new_name(state, Volume, name)
-    image = request.disk.image.model_dump(mode="json") if request.disk.image else None
-    size, adopt = request.disk.size, request.disk.adopt
-    plan_volume(state, name=name, pool=pool, size=size, adopt=adopt, image=image, node=home, secondary=instance.secondary)
+    disk = request.disk.model_dump(mode="json", include={"size", "adopt", "image"})
+    plan_volume(state, name=name, pool=pool, node=home, secondary=instance.secondary, **disk)
     held = instance_locks(state, instance, home)
     more = [name_lock(Volume, name), *([f"image:{pool.id}:{request.disk.adopt}"] if request.disk.adopt else [])]
     return Prepared(
         frozen(request, id=instance.id, pool=pool.id, home=home),
         locks([*held.shared, pool.resource], [*held.exclusive, *more]),
         f"add a disk to instance {instance.name}",
+        deadline=DAY if request.disk.image else None,
     )
 
 
@@ -298,7 +299,7 @@ register(Operation("instance.detach-disk", DetachDisk, _prepare_detach("detach")
 register(Operation("instance.remove-disk", DetachDisk, _prepare_detach("remove"), _run_remove_disk))
 
 
-# --- disks on demand, missing images ---
+# --- disks on demand ---
 
 
 def _prepare_activate(words: str) -> Any:
@@ -347,56 +348,3 @@ async def _run_deactivate(job: JobContext, request: dict[str, Any]) -> Any:
 
 register(Operation("instance.activate-disks", ActivateDisks, _prepare_activate("activate"), _run_activate))
 register(Operation("instance.deactivate-disks", ActivateDisks, _prepare_activate("deactivate"), _run_deactivate))
-
-
-def _prepare_recreate(state: State, target: str, request: Recreate) -> Prepared:
-    instance = state.store.find(Instance, target)
-    if state.claim(instance.id).holder is not None:
-        raise InUse(f"instance {instance.name} runs, or a node holds its claim", hint=f"atoll instance stop {instance.name}")
-    chosen = request.disks or list(range(len(instance.disks)))
-    volumes = [instance.disks[find_disk(state, instance, index, None)].volume for index in chosen]
-    return Prepared(
-        frozen(request, id=instance.id, volumes=volumes), instance_locks(state, instance), f"make missing disks of {instance.name} again"
-    )
-
-
-async def _run_recreate(job: JobContext, request: dict[str, Any]) -> Any:
-    made = []
-    for volume in request["volumes"]:
-
-        def where(volume: str = volume) -> dict[str, Any]:
-            state: State = job.state
-            find_disk(state, state.store.require(Instance, request["id"]), None, volume)
-            found = state.store.require(Volume, volume)
-            pool = state.store.require(Pool, found.pool)
-            worker = state.pool_node(pool, owner=found.node)
-            ref = state.ref(pool, worker).model_dump(mode="json")
-            return {
-                "worker": worker.id,
-                "ref": ref,
-                "name": found.name,
-                "size": found.size,
-                "logical_id": found.logical_id,
-                "local": state.driver(pool).node_local,
-            }
-
-        found = await job.read(f"where/{volume}", where)
-        args = {"ref": found["ref"], "logical_id": found["logical_id"]}
-        if await job.call(f"look/{volume}", found["worker"], "volume.stat", args) is not None:
-            continue
-        spec = {"volume": volume, "name": found["name"], "size": found["size"], "options": {}}
-        undo = Undo("volume.uncreate", {"ref": found["ref"], "volume": volume}, node=found["worker"], local=found["local"])
-        logical_id = await job.call(
-            f"create image/{volume}", found["worker"], "volume.create", {"ref": found["ref"], "spec": spec}, undo=undo, deadline=3600.0
-        )
-
-        def record(volume: str = volume, logical_id: str = logical_id) -> Changes:
-            kept = job.state.store.require(Volume, volume)
-            return Changes(put=[kept.model_copy(update={"logical_id": logical_id, "state": VolumeState.IN_USE})])
-
-        await job.write(f"record/{volume}", record)
-        made.append(volume)
-    return {"instance": request["id"], "made": made}
-
-
-register(Operation("instance.recreate", Recreate, _prepare_recreate, _run_recreate))

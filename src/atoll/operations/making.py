@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -62,11 +63,17 @@ def _forget(state: State, args: dict[str, Any]) -> Changes:
 
 
 async def make_volume(
-    job: JobContext, plan: dict[str, Any], *, instance: str | None = None, span: tuple[float, float] | None = None
+    job: JobContext,
+    plan: dict[str, Any],
+    *,
+    instance: str | None = None,
+    span: tuple[float, float] | None = None,
+    filler: Callable[[tuple[str, dict[str, Any]], str], Awaitable[None]] | None = None,
 ) -> dict[str, Any]:
     """Record it, make (or adopt) the image, and call it available. The undo leaves neither record nor image; an adopted image stays.
 
-    ``span``: from which to which percent of the job this goes.
+    ``span``: from which to which percent of the job this goes. ``filler`` writes into the new image, which it gets as (node, pool
+    reference) and logical id.
     """
     volume = plan["volume"]
     size, kind = plan["size"], ""
@@ -118,6 +125,8 @@ async def make_volume(
         )
     if plan["image"]:
         await fill(job, plan, kind, refs[0], logical_id, span)
+    if filler is not None:
+        await filler(refs[0], logical_id)
     if plan["secondary"]:
         names = await job.read(f"copies/{volume}", lambda: [job.state.store.require(Node, n).name for n, _ in refs])
         args = {"ref": refs[0][1], "logical_id": logical_id, "primary": names[0], "secondary": names[1]}

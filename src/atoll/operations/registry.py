@@ -24,6 +24,8 @@ class Prepared:
     frozen: dict[str, Any]
     locks: Locks
     summary: str
+    #: Seconds that the job may take; None: the operation's.
+    deadline: float | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from atoll.model.units import MAX_SIZE, MIB
-from atoll.operations.image_requests import OPEN_DIRECTORY, ImageSource
+from atoll.operations.image_requests import OPEN_DIRECTORY, CloudInit, ImageSource
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=63)]
 Ref = Annotated[str, StringConstraints(min_length=1, max_length=128)]
@@ -236,6 +236,8 @@ class InstanceAdd(Request):
     kernel: str = ""
     initrd: str = ""
     append: str = ""
+    #: A seed for cloud-init, as one more disk.
+    cloud_init: CloudInit | None = None
     start: bool = True
     tags: list[Tag] = Field(default_factory=list)
 

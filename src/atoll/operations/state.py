@@ -6,11 +6,12 @@ import random
 from collections.abc import Iterable
 from typing import Protocol
 
-from atoll.model.errors import AmbiguousPool, Held, NotFound, WrongState
+from atoll.model.errors import AmbiguousPool, Held, HostError, NotFound, WrongState
 from atoll.model.messages import NodeReport, PoolRef, compatible
 from atoll.model.objects import Authority, Claim, Cluster, DeathProof, Disk, Group, Hold, Instance, Node, Pool, Volume
 from atoll.operations.replication import Replication
 from atoll.runtime.clock import Clock
+from atoll.runtime.secrets import SecretBox
 from atoll.storage import registry
 from atoll.storage.contract import DriverInfo
 from atoll.store.cache import LeaderStore
@@ -54,10 +55,18 @@ class State:
     ``signer`` is None where no certificates are used.
     """
 
-    def __init__(self, store: LeaderStore, health: Health, clock: Clock, rng: random.Random) -> None:
+    def __init__(self, store: LeaderStore, health: Health, clock: Clock, rng: random.Random, secrets: SecretBox | None = None) -> None:
         self.store, self.health, self.clock, self.rng = store, health, clock, rng
+        self._secrets = secrets
         self.replication = Replication()
         self.signer: Signer | None = None
+
+    @property
+    def secrets(self) -> SecretBox:
+        """Seals what must not be in the store as it is. Errors: HostError (this master has no key)."""
+        if self._secrets is None:
+            raise HostError("this master has no key to seal secrets with", hint="bring the cluster's master.key to /etc/atoll")
+        return self._secrets
 
     @property
     def cluster(self) -> Cluster:

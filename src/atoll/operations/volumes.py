@@ -32,6 +32,7 @@ from atoll.operations.common import (
     prepare_tags,
     run_tags,
 )
+from atoll.operations.importing import DAY
 from atoll.operations.making import delete_image, look_at_pool, make_volume, mark_deleting, on_pool, own_refs, plan_volume
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import Nothing, Rename, TagsChange, VolumeCreate, VolumeGrow
@@ -63,6 +64,7 @@ def _prepare_create(state: State, target: str, request: VolumeCreate) -> Prepare
         frozen(request, pool=pool.id, node=node.id if node else None),
         locks(shared=used, exclusive=held),
         f"create volume {request.name or ''} ({size}) in pool {pool.name}".replace("  ", " "),
+        deadline=DAY if request.image else None,
     )
 
 

@@ -24,7 +24,7 @@ HIDDEN = "***"
 #: Names of fields whose values are secrets; also with a prefix, such as ``user_password``.
 _SECRET_NAMES = (
     "password", "passwd", "passphrase", "secret", "secret_key", "token", "authorization", "credential", "keyring", "private_key",
-    "key_pem", "api_key",
+    "key_pem", "api_key", "user_data", "meta_data", "network_config",
 )  # fmt: skip
 
 
