@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
+from heapq import heappop, heappush
 from typing import Any
 
 import structlog
@@ -46,6 +47,8 @@ class Engine:
         self._again: set[int] = set()
         self._records: dict[int, asyncio.Lock] = {}
         self._open = {job.number for job in store.all(Job) if not job.state.ended}
+        #: The same as a heap, with some that have ended meanwhile: only its least one is asked for, and that with each order.
+        self._oldest = sorted(self._open)
         self.submitter = Submitter(self)
 
     # --- life ---
@@ -74,7 +77,9 @@ class Engine:
 
     def oldest_job(self) -> int:
         """The oldest job that has not ended; orders of older ones are late copies."""
-        return min([self.submitter.not_before(), *self._open])
+        while self._oldest and self._oldest[0] not in self._open:
+            heappop(self._oldest)
+        return min([self.submitter.not_before(), *self._oldest[:1]])
 
     # --- asking ---
 
@@ -131,7 +136,9 @@ class Engine:
 
     def admit(self, job: Job) -> None:
         """A submitted job is durable: let it ask for its locks."""
-        self._open.add(job.number)
+        if job.number not in self._open:
+            self._open.add(job.number)
+            heappush(self._oldest, job.number)
         self._locks.add(job.number, job.locks, parent=job.parent)
         self._grant()
 

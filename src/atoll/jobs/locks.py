@@ -1,11 +1,15 @@
 """Which jobs may run together. All locks of a job are granted at once, first come first served on every resource.
 
 The table is in memory and is rebuilt from the jobs themselves: no lock outlives its job.
+
+A job that waits is looked at again only when the one job that it was seen to wait for last is gone, not whenever anything changes: with
+thousands of jobs that want the same things, each end of a job costs as much as there are jobs right behind it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bisect import bisect_left, insort
+from dataclasses import dataclass, field
 
 from atoll.model.objects import Locks
 
@@ -18,20 +22,85 @@ class _Want:
     granted: bool = False
 
 
+@dataclass
+class _Queue:
+    """Who wants one resource. Waiting jobs are in order of their numbers, holders are not."""
+
+    #: job -> whether it wants the resource for itself alone
+    exclusive: dict[int, bool] = field(default_factory=dict)
+    holders: set[int] = field(default_factory=set)
+    waiting: list[int] = field(default_factory=list)
+    #: Those of the waiting jobs and of the holders that want it for themselves alone.
+    waiting_alone: list[int] = field(default_factory=list)
+    holders_alone: set[int] = field(default_factory=set)
+
+    def put(self, job: int, *, alone: bool, granted: bool) -> None:
+        self.exclusive[job] = alone
+        if granted:
+            self.holders.add(job)
+            if alone:
+                self.holders_alone.add(job)
+        else:
+            insort(self.waiting, job)
+            if alone:
+                insort(self.waiting_alone, job)
+
+    def grant(self, job: int) -> None:
+        alone = self.exclusive[job]
+        self.remove(job)
+        self.put(job, alone=alone, granted=True)
+
+    def remove(self, job: int) -> None:
+        alone = self.exclusive.pop(job)
+        if job in self.holders:
+            self.holders.discard(job)
+            self.holders_alone.discard(job)
+            return
+        del self.waiting[bisect_left(self.waiting, job)]
+        if alone:
+            del self.waiting_alone[bisect_left(self.waiting_alone, job)]
+
+    def ahead(self, job: int, *, alone: bool) -> int | None:
+        """A job that this one waits for; of those that wait themselves the last one before it, which is gone last."""
+        waiting, holders = (self.waiting, self.holders) if alone else (self.waiting_alone, self.holders_alone)
+        before = bisect_left(waiting, job)
+        if before:
+            return waiting[before - 1]
+        return next((other for other in holders if other != job), None)
+
+    def all_ahead(self, job: int, *, alone: bool) -> set[int]:
+        waiting, holders = (self.waiting, self.holders) if alone else (self.waiting_alone, self.holders_alone)
+        return {*waiting[: bisect_left(waiting, job)], *holders} - {job}
+
+
 class LockTable:
     """Jobs in order of their numbers, each with what it wants to lock."""
 
     def __init__(self) -> None:
         self._wants: dict[int, _Want] = {}
-        self._queues: dict[str, dict[int, bool]] = {}
+        self._queues: dict[str, _Queue] = {}
+        #: job -> those that were last seen to wait for it
+        self._behind: dict[int, set[int]] = {}
+        #: Waiting jobs that must be looked at.
+        self._look: set[int] = set()
+        self._children: dict[int, set[int]] = {}
 
     def add(self, job: int, locks: Locks, *, parent: int | None = None, granted: bool = False) -> None:
         """A job asks for its locks; ``granted``: it holds them already (a running job after a restart)."""
         self._wants[job] = _Want(job, parent, locks, granted)
         for resource in locks.shared:
-            self._queues.setdefault(resource, {})[job] = False
+            self._queue(resource).put(job, alone=False, granted=granted)
         for resource in locks.exclusive:
-            self._queues.setdefault(resource, {})[job] = True
+            self._queue(resource).put(job, alone=True, granted=granted)
+        if not granted:
+            self._look.add(job)
+        if parent is not None:
+            self._children.setdefault(parent, set()).add(job)
+        # What it shares, its children may share now, whoever waits.
+        self._look.update(child for child in self._children.get(job, ()) if not self._wants[child].granted)
+
+    def _queue(self, resource: str) -> _Queue:
+        return self._queues.setdefault(resource, _Queue())
 
     def extend(self, job: int, exclusive: tuple[str, ...]) -> bool:
         """A job that has its locks needs more of them: all at once, or none if somebody holds one. False: none."""
@@ -39,7 +108,10 @@ class LockTable:
         if any(other != job for resource in exclusive for other in self.holders(resource)):
             return False
         for resource in exclusive:
-            self._queues.setdefault(resource, {})[job] = True
+            queue = self._queue(resource)
+            if job in queue.exclusive:
+                queue.remove(job)
+            queue.put(job, alone=True, granted=want.granted)
         shared = tuple(resource for resource in want.locks.shared if resource not in exclusive)
         want.locks = Locks(shared=shared, exclusive=tuple(sorted({*want.locks.exclusive, *exclusive})))
         return True
@@ -47,38 +119,62 @@ class LockTable:
     def remove(self, job: int) -> None:
         """The job has ended, or holds replace its locks."""
         want = self._wants.pop(job, None)
-        for resource in (*want.locks.shared, *want.locks.exclusive) if want else ():
+        if want is None:
+            return
+        for resource in (*want.locks.shared, *want.locks.exclusive):
             queue = self._queues[resource]
-            del queue[job]
-            if not queue:
+            queue.remove(job)
+            if not queue.exclusive:
                 del self._queues[resource]
+        if want.parent is not None:
+            siblings = self._children[want.parent]
+            siblings.discard(job)
+            if not siblings:
+                del self._children[want.parent]
+        self._look.discard(job)
+        self._look.update(other for other in self._behind.pop(job, ()) if other in self._wants and not self._wants[other].granted)
 
     def grantable(self) -> list[int]:
         """Grant what can be granted now; gives the jobs that got their locks, oldest first."""
         got = []
-        for job in sorted(self._wants):
+        for job in sorted(self._look):
             want = self._wants[job]
-            if not want.granted and not self.blockers(job):
-                want.granted = True
-                got.append(job)
+            other = self._first_ahead(want)
+            if other is not None:
+                self._behind.setdefault(other, set()).add(job)
+                continue
+            want.granted = True
+            for resource in (*want.locks.shared, *want.locks.exclusive):
+                self._queues[resource].grant(job)
+            got.append(job)
+        self._look.clear()
         return got
+
+    def _first_ahead(self, want: _Want) -> int | None:
+        for resource, alone in self._wanted(want):
+            other = self._queues[resource].ahead(want.job, alone=alone)
+            if other is not None:
+                return other
+        return None
+
+    def _wanted(self, want: _Want) -> list[tuple[str, bool]]:
+        """The resources for which the job may have to wait, and whether it wants them for itself alone."""
+        found = [(resource, True) for resource in want.locks.exclusive]
+        for resource in want.locks.shared:
+            # A child shares what its parent shares already, even past an exclusive lock that waits for the parent: else both wait for ever.
+            if want.parent is None or self._queues[resource].exclusive.get(want.parent) is not False:
+                found.append((resource, False))
+        return found
 
     def blockers(self, job: int) -> list[int]:
         """The jobs that this one waits for."""
         want = self._wants[job]
         found: set[int] = set()
-        for resource in want.locks.exclusive:
-            found.update(j for j in self._queues[resource] if j != job and self._ahead(j, want))
-        for resource in want.locks.shared:
-            # A child shares what its parent shares already, even past an exclusive lock that waits for the parent: else both wait for ever.
-            if want.parent is not None and self._queues[resource].get(want.parent) is False:
-                continue
-            found.update(j for j, exclusive in self._queues[resource].items() if exclusive and j != job and self._ahead(j, want))
+        for resource, alone in self._wanted(want):
+            found |= self._queues[resource].all_ahead(job, alone=alone)
         return sorted(found)
-
-    def _ahead(self, other: int, want: _Want) -> bool:
-        return self._wants[other].granted or other < want.job
 
     def holders(self, resource: str) -> list[int]:
         """The jobs that hold a lock on the resource now."""
-        return sorted(job for job in self._queues.get(resource, {}) if self._wants[job].granted)
+        queue = self._queues.get(resource)
+        return sorted(queue.holders) if queue else []
