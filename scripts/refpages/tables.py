@@ -162,9 +162,11 @@ def operations() -> str:
     nested: dict[str, type[BaseModel]] = {}
     told = {path[1:]: cell(command.help or "") for path, command in walk(atoll, ("atoll",))}
     told |= {(noun, "tags"): "Add and remove tags." for noun in ("cluster", "group", "node", "pool", "volume", "instance")}
-    for noun in sorted({o.noun for o in OPERATIONS.values()}):
+    # By name: the order of the table is that in which the modules happened to be imported.
+    known = sorted(OPERATIONS.values(), key=lambda o: o.name)
+    for noun in sorted({o.noun for o in known}):
         lines += [f"## {noun}", ""]
-        for item in (o for o in OPERATIONS.values() if o.public and o.noun == noun):
+        for item in (o for o in known if o.public and o.noun == noun):
             method, path = address(item)
             # What the command of the same name says is meant for people; the request's own words tell of its fields.
             what = told.get((item.noun, item.verb), _first(item.request))
@@ -174,7 +176,7 @@ def operations() -> str:
     for name, model in sorted(nested.items()):
         lines += [f"### {name}", "", _first(model), "", *_fields(model, said, {})]
     lines += ["## Of the master alone", "", "These appear among the jobs, but nobody can ask for them.", ""]
-    lines += table(("Operation", "What"), ((f"`{o.name}`", _first(o.run)) for o in OPERATIONS.values() if not o.public))
+    lines += table(("Operation", "What"), ((f"`{o.name}`", _first(o.run)) for o in known if not o.public))
     return page("Operations", *lines)
 
 

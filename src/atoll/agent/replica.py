@@ -175,7 +175,7 @@ class Replica:
         with open(self._base, "rb") as file:
             head: dict[str, Any] = json.loads(file.readline(_LINE))
             body = file.read()
-        if hashlib.sha256(body).hexdigest() != head["sha256"]:
+        if hashlib.sha256(body).hexdigest() != head.get("sha256"):
             raise ValueError("the base copy is damaged")
         return head, body
 

@@ -6,7 +6,6 @@ Plain ASGI, without a framework: an order is one POST to one address, and each o
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -37,7 +36,8 @@ def create_app(service: Service) -> App:
         try:
             order = await _order(scope, receive)
         except AtollError as error:
-            body = json.dumps({"error": error.to_wire()}, default=str).encode()
+            # A line like any other answer: the master must not take a refusal for an agent that went away.
+            body = lines(error=error)
             await _start(send, error.status, b"application/json", len(body))
             await send({"type": "http.response.body", "body": body})
             return

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
 from atoll.agent.certificates import CertificateOrders
 from atoll.agent.memory import Memory, open_database
 from atoll.agent.node import Agent
+from atoll.agent.replica import Replica
+from atoll.agent.standby import StandbyOrders
 from atoll.api.leader import Caller, Submission
 from atoll.hypervisor.memory import MemoryHypervisor, World
 from atoll.lab.boxstorage import BoxStorage, SharedDisks
@@ -52,10 +54,15 @@ def simulate(story: Callable[[], Awaitable[T]], *, limit: float = 3600.0) -> T:
         loop.close()
 
 
+async def at_once(work: Callable[[], Any]) -> Any:
+    """Instead of a thread, of which virtual time knows nothing."""
+    return work()
+
+
 class Box:
     """The cluster. Use ``await Box.make(...)``."""
 
-    def __init__(self, seed: int = 0, *, locking: bool = True) -> None:
+    def __init__(self, seed: int = 0, *, locking: bool = True, home: Path | None = None) -> None:
         self.rng = random.Random(seed)
         self.clock = LoopClock()
         self.durable = Durable()
@@ -85,11 +92,27 @@ class Box:
         #: With certificates: where each node, and the master (``master``), keeps its own.
         self.kept: dict[str, Keeping] = {}
         self.secrets = SecretBox([bytes(range(32))], Path("memory"))
+        #: Where nodes keep their copies of the store; None: they take none.
+        self.home = home
+        #: The name of the node whose master leads; empty: on a machine of its own.
+        self.seat = ""
 
     @classmethod
-    async def make(cls, nodes: int = 3, seed: int = 0, *, locking: bool = True, loops: bool = True, certificates: bool = False) -> Box:
-        """A running cluster with nodes node1..N in one group, and no pool yet. ``certificates``: with a CA, which no transport asks for."""
-        box = cls(seed, locking=locking)
+    async def make(
+        cls,
+        nodes: int = 3,
+        seed: int = 0,
+        *,
+        locking: bool = True,
+        loops: bool = True,
+        home: Path | None = None,
+        candidates: Collection[str] = (),
+        certificates: bool = False,
+    ) -> Box:
+        """A running cluster with nodes node1..N in one group, and no pool yet. ``candidates``: nodes that get copies of the store, which
+        lie in ``home``; then node1 has the master. ``certificates``: with a CA, which no transport asks for."""
+        box = cls(seed, locking=locking, home=home)
+        box.seat = "node1" if candidates else ""
         box.loops = loops
         leader = await LeaderStore.open(MemoryStore(durable=box.durable))
         group = Group(id="group-00000000000000001", name="default")
@@ -97,7 +120,8 @@ class Box:
         for number in range(1, nodes + 1):
             ident = f"node-{number:017x}"
             box.nodes[f"node{number}"] = ident
-            put.append(Node(id=ident, name=f"node{number}", group=group.id, address="127.0.0.1", ready=True))
+            roles = ("vm", "master-candidate") if f"node{number}" in candidates else ("vm",)
+            put.append(Node(id=ident, name=f"node{number}", group=group.id, address="127.0.0.1", ready=True, roles=roles))
         await leader.write(put=put)
         if certificates:
             await box._certify(leader)
@@ -134,7 +158,9 @@ class Box:
             authority = CertificateAuthority(store, self.secrets, self.clock, self.kept["master"], ("node1", "127.0.0.1"))
             admission = Admission(authority, ("https://127.0.0.1:7770",))
         rng = random.Random(self.rng.random())
-        self.leader = MasterLeader(store, self.transport, self.clock, admission=admission, rng=rng, secrets=self.secrets)
+        self.leader = MasterLeader(
+            store, self.transport, self.clock, admission=admission, rng=rng, node=self.seat, run=at_once, secrets=self.secrets
+        )
         await self.leader.start(loops=self.loops)
 
     async def crash_master(self) -> None:
@@ -160,10 +186,23 @@ class Box:
             kept=self._attached.setdefault(name, {}),
             now=self.clock.monotonic,
             certificates=CertificateOrders(self.kept[name], name, "127.0.0.1") if name in self.kept else None,
+            standby=self.standby(name),
         )
         self.agents[name] = agent
         self.transport.agents[self.nodes[name]] = agent.service
         self._beats[name] = asyncio.get_running_loop().create_task(self._beat(name, agent))
+
+    def replica(self, name: str) -> Replica:
+        """A node's copy of the store."""
+        assert self.home is not None
+        return Replica(self.home / name / "replica")
+
+    def standby(self, name: str) -> StandbyOrders | None:
+        """What makes a node fit to become the master."""
+        if self.home is None:
+            return None
+        (self.home / name).mkdir(exist_ok=True)
+        return StandbyOrders(self.replica(name), self.home / name / "keys", (), self.home / name, (), run=at_once)
 
     async def crash_agent(self, name: str) -> None:
         """The agent's process dies; guests go on."""

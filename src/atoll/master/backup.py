@@ -103,6 +103,19 @@ def _write(out: IO[bytes], manifest: dict[str, Any], parts: dict[str, bytes]) ->
             archive.addfile(about, io.BytesIO(data))
 
 
+def read_store(source: Path, config: Config) -> tuple[dict[str, Any], dict[str, bytes], dict[str, str]]:
+    """A bare store, such as ``before-layout-N.db`` of an upgrade, on the machine that was its master: manifest, entries, keys."""
+    entries, revision = snapshot(source)
+    values = {entry.key: entry.value for entry in entries}
+    about = {"cluster": Copy(values, {}).cluster.name, "node": config.node, "address": config.address, "revision": revision}
+    return {**about, "created": source.stat().st_mtime}, values, read_keyring(config)
+
+
+def _is_store(source: Path) -> bool:
+    with open(source, "rb") as file:
+        return file.read(16) == b"SQLite format 3\0"
+
+
 def read(source: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     """The manifest and the parts of a backup, checked. Errors: InvalidInput when it is none or damaged, HostError."""
     found: dict[str, bytes] = {}
@@ -137,23 +150,20 @@ def restore(
 
     Errors: InvalidInput, HostError when the master key is not the right one; those of ``Succession.run``.
     """
-    manifest, parts = read(source)
     present = load(path) if path.exists() else Config()
+    if _is_store(source):
+        manifest, entries, keyring = read_store(source, present)
+    else:
+        manifest, parts = read(source)
+        entries, keyring = image.unpack(parts["store"]), {}
     name = check_name(node or present.node or manifest["node"], "node name")
     where = address or present.address or (manifest["address"] if name == manifest["node"] else "")
     if not where:
         raise InvalidInput("nobody has said by which address other nodes reach this one", hint="give --address IP")
     config = configured(path, {}, node=name, address=where)
-    key_file = _master_key(config, master_key)
-    try:
-        keys = json.loads(SecretBox.load_or_create(key_file).open(parts["keys.sealed"].decode(), _CONTEXT))
-    except AtollError as error:
-        raise InvalidInput(
-            f"the master key in {key_file} does not open this backup: {error.message}",
-            hint="bring the master.key of that day, and name it: --master-key FILE",
-        ) from None
-    entries = image.unpack(parts["store"])
-    copy = Copy(entries, {**keys, MASTER_KEY: key_file.read_text()})
+    if not keyring:
+        keyring = _unseal(parts["keys.sealed"].decode(), _master_key(config, master_key))
+    copy = Copy(entries, keyring)
     old = next((found for found in copy.nodes() if found.name == manifest["node"]), None)
     me = next((found for found in copy.nodes() if found.name == name), None) or _new_node(entries, name)
     me = me.model_copy(update={"address": where, "port": config.agent_port})
@@ -163,6 +173,17 @@ def restore(
     made = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest["created"]))
     lines = take_over(config, path, copy, me, dead, "cluster.restore", dry_run)
     return [f"The backup of cluster {manifest['cluster']} is of {made} (revision {manifest['revision']}).", *lines]
+
+
+def _unseal(sealed: str, key_file: Path) -> dict[str, str]:
+    try:
+        keys: dict[str, str] = json.loads(SecretBox.load_or_create(key_file).open(sealed, _CONTEXT))
+    except AtollError as error:
+        raise InvalidInput(
+            f"the master key in {key_file} does not open this backup: {error.message}",
+            hint="bring the master.key of that day, and name it: --master-key FILE",
+        ) from None
+    return {**keys, MASTER_KEY: key_file.read_text()}
 
 
 def _master_key(config: Config, named: Path | None) -> Path:

@@ -33,16 +33,17 @@ from atoll.model.objects import Authority, Cluster, Node
 from atoll.operations.all import OPERATIONS
 from atoll.operations.state import State
 from atoll.rpc.agents import quiet
+from atoll.rpc.contract import Transport
 from atoll.rpc.https import HttpsTransport
 from atoll.runtime import certs
-from atoll.runtime.clock import SystemClock
+from atoll.runtime.clock import Clock, SystemClock
 from atoll.runtime.config import Config, dump
 from atoll.runtime.files import fsync_dir, lock_exclusively, lock_holder, write_durably
 from atoll.runtime.masters import write_masters
 from atoll.runtime.secrets import SecretBox
 from atoll.runtime.tls import client_context, fresh_client
 from atoll.store.cache import LeaderStore
-from atoll.store.contract import Transaction
+from atoll.store.contract import Store, Transaction
 from atoll.store.sqlite import SqliteStore
 
 #: Seconds for agents to answer, for a master to be silent before it counts as gone, and that running steps are waited for.
@@ -138,8 +139,8 @@ class Succession:
             await self._refuse_living_master(transport, facts)
             term = max([self._copy.term, *(fact.term for fact in facts.values())]) + JUMP + zlib.crc32(self._me.id.encode()) % 1000
             if not dry_run:
-                await self._take_term(transport, facts, term)
-                facts = await self._settled(transport, facts)
+                await take_term(transport, self._nodes, self._me.id, facts, term)
+                facts = await settled(transport, self._nodes, self._me.id, facts)
             revived = await self._build(facts, term)
             if not dry_run:
                 self._install(term)
@@ -207,68 +208,13 @@ class Succession:
         except (aiohttp.ClientError, OSError, TimeoutError):
             return False
 
-    # --- the term ---
-
-    async def _take_term(self, transport: HttpsTransport, facts: Mapping[str, Recalled], term: int) -> None:
-        """From here on no older master is obeyed. This node first: whatever happens then, the old master learns of it here."""
-
-        async def hello(node: str) -> None:
-            await transport.call(self._nodes[node], Call(term=term, method="hello", master=self._me.id, deadline=ANSWER), quiet)
-
-        if facts[self._me.id].term:
-            await hello(self._me.id)
-        others = [node for node in facts if node != self._me.id]
-        for node, error in zip(others, await asyncio.gather(*(hello(n) for n in others), return_exceptions=True), strict=True):
-            if isinstance(error, AtollError):
-                raise type(error)(f"node {self._nodes[node].name} did not take the new term: {error.message}", hint="type it again")
-            if error is not None:
-                raise error
-
-    async def _settled(self, transport: HttpsTransport, facts: dict[str, Recalled]) -> dict[str, Recalled]:
-        """What the agents remember once they have ended what the old master had ordered, or most of it."""
-        end = time.monotonic() + STEPS
-        while True:
-            now = await recall(transport, [self._nodes[node] for node in facts], ANSWER)
-            gone = [self._nodes[node].name for node in facts if node not in now and node != self._me.id]
-            if gone:
-                raise Unreachable(f"node {gone[0]} does not answer any more", hint="type it again")
-            now.setdefault(self._me.id, facts[self._me.id])
-            if not any(fact.running for fact in now.values()) or time.monotonic() > end:
-                return now
-            await asyncio.sleep(0.5)
-
-    # --- the store ---
-
     async def _build(self, facts: Mapping[str, Recalled], term: int) -> Revived:
         shutil.rmtree(self._scratch, ignore_errors=True)
         store = await SqliteStore.open(self._scratch)
         try:
-            entries = {**self._copy.entries, TERM: str(term).encode()}
-            keys = sorted(entries)
-            for start in range(0, len(keys), CHUNK):
-                await store.transact(Transaction(put={key: entries[key] for key in keys[start : start + CHUNK]}))
-            leader = await LeaderStore.open(store)
-            clock = SystemClock()
-            state = State(leader, HealthMonitor(clock), clock, random.SystemRandom())
-            await leader.write(put=[self._mine(leader), *self._others(leader)])
-            revived = Reviver(state, facts, self._dead, self._operation, "root").work()
-            await leader.write(put=revived.put, delete=revived.delete)
-            return revived
+            return await rebuild(store, self._copy.entries, term, self._me, facts, self._dead, self._operation)
         finally:
             await store.close()
-
-    def _mine(self, leader: LeaderStore) -> Node:
-        """This node's record, as that of the master."""
-        found = leader.get(Node, self._me.id) or self._me
-        roles = tuple(sorted({*found.roles, ROLE}))
-        update = {"roles": roles, "holds_keys": False, "address": self._me.address, "port": self._me.port}
-        shown = ("certificate_serial", "previous_serial", "certificate_issued", "certificate_expires")
-        return found.model_copy(update={**update, **{name: getattr(self._me, name) for name in shown}})
-
-    def _others(self, leader: LeaderStore) -> list[Node]:
-        """Who may have been the master has its keys."""
-        candidates = [node for node in leader.all(Node) if node.id != self._me.id and ROLE in node.roles and not node.holds_keys]
-        return [node.model_copy(update={"holds_keys": True}) for node in candidates]
 
     def _install(self, term: int) -> None:
         """Keys and configuration first; the store in its place makes this node the master."""
@@ -291,6 +237,74 @@ class Succession:
         except OSError as error:
             raise HostError(f"cannot put the store in its place: {error.strerror}", hint="type it again") from None
         fsync_dir(config.state_dir)
+
+
+async def take_term(transport: Transport, nodes: Mapping[str, Node], me: str, facts: Mapping[str, Recalled], term: int) -> None:
+    """From here on no older master is obeyed. This node (``me``) first: whatever happens then, the old master learns of it here.
+
+    Errors: StaleTerm when another candidate is faster; Unreachable.
+    """
+
+    async def hello(node: str) -> None:
+        await transport.call(nodes[node], Call(term=term, method="hello", master=me, deadline=ANSWER), quiet)
+
+    if facts[me].term:
+        await hello(me)
+    others = [node for node in facts if node != me]
+    for node, error in zip(others, await asyncio.gather(*(hello(n) for n in others), return_exceptions=True), strict=True):
+        if isinstance(error, AtollError):
+            raise type(error)(f"node {nodes[node].name} did not take the new term: {error.message}", hint="type it again")
+        if error is not None:
+            raise error
+
+
+async def settled(transport: Transport, nodes: Mapping[str, Node], me: str, facts: Mapping[str, Recalled]) -> dict[str, Recalled]:
+    """What the agents remember once they have ended what the old master had ordered, or most of it. Errors: Unreachable."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + STEPS
+    while True:
+        now = await recall(transport, [nodes[node] for node in facts], ANSWER)
+        now.setdefault(me, facts[me])
+        gone = [nodes[node].name for node in facts if node not in now]
+        if gone:
+            raise Unreachable(f"node {gone[0]} does not answer any more", hint="type it again")
+        if not any(fact.running for fact in now.values()) or loop.time() > end:
+            return now
+        await asyncio.sleep(0.5)
+
+
+async def rebuild(
+    store: Store,
+    entries: Mapping[str, bytes],
+    term: int,
+    me: Node,
+    facts: Mapping[str, Recalled],
+    dead: set[str],
+    operation: str,
+    clock: Clock | None = None,
+) -> Revived:
+    """Fill an empty store with the copy, corrected by what the agents remember. Errors: those of ``Reviver`` and of the store."""
+    everything = {**entries, TERM: str(term).encode()}
+    keys = sorted(everything)
+    for start in range(0, len(keys), CHUNK):
+        await store.transact(Transaction(put={key: everything[key] for key in keys[start : start + CHUNK]}))
+    leader = await LeaderStore.open(store)
+    clock = clock or SystemClock()
+    state = State(leader, HealthMonitor(clock), clock, random.SystemRandom())
+    # Who may have been the master has its keys.
+    others = [n for n in leader.all(Node) if n.id != me.id and ROLE in n.roles and not n.holds_keys]
+    await leader.write(put=[_mine(leader, me), *(n.model_copy(update={"holds_keys": True}) for n in others)])
+    revived = Reviver(state, facts, dead, operation, "root").work()
+    await leader.write(put=revived.put, delete=revived.delete)
+    return revived
+
+
+def _mine(leader: LeaderStore, me: Node) -> Node:
+    """This node's record, as that of the master."""
+    found = leader.get(Node, me.id) or me
+    update = {"roles": tuple(sorted({*found.roles, ROLE})), "holds_keys": False, "address": me.address, "port": me.port}
+    shown = ("certificate_serial", "previous_serial", "certificate_issued", "certificate_expires")
+    return found.model_copy(update={**update, **{name: getattr(me, name) for name in shown}})
 
 
 def _stamp() -> str:

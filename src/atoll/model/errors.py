@@ -294,7 +294,7 @@ class HostError(AtollError):
 class StoreError(AtollError):
     """The store cannot be used."""
 
-    code, status, exit_code, default_hint = "store_error", 500, 9, "see docs/howto/restore-the-store.md"
+    code, status, exit_code, default_hint = "store_error", 500, 9, "see docs/howto/restore-the-master.md"
 
 
 class StoreLocked(StoreError):

@@ -76,7 +76,7 @@ def _prepare_remove(state: State, target: str, request: NodeRemove) -> Prepared:
         )
     # Its group alone, too: placement may be about to choose it for somebody who holds the group.
     held = [node.resource, state.store.require(Group, node.group).resource]
-    return Prepared({"id": node.id}, locks(exclusive=held), f"remove node {node.name}")
+    return Prepared(frozen(request, id=node.id), locks(exclusive=held), f"remove node {node.name}")
 
 
 async def _run_remove(job: JobContext, request: dict[str, Any]) -> Any:

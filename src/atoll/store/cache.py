@@ -334,7 +334,7 @@ def _parse(cls: type[T], ident: str, body: bytes) -> T:
             f"{cls.kind}/{ident} cannot be read: {where}: {first['msg']}", hint="run the version that wrote it, or restore a backup"
         ) from None
     if item.id != ident:
-        raise StoreError(f"{cls.kind}/{ident} says that its id is {item.id}", hint="restore a backup: docs/howto/restore-the-store.md")
+        raise StoreError(f"{cls.kind}/{ident} says that its id is {item.id}", hint="restore a backup: docs/howto/restore-the-master.md")
     return item
 
 

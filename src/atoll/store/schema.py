@@ -38,7 +38,7 @@ async def layout_of(store: Store, schema: int = SCHEMA) -> int:
     try:
         found = int(mark.value) if mark else 1
     except ValueError:
-        raise StoreError(f"{KEY} of the store is not a number", hint="restore a backup: docs/howto/restore-the-store.md") from None
+        raise StoreError(f"{KEY} of the store is not a number", hint="restore a backup: docs/howto/restore-the-master.md") from None
     if found > schema:
         raise StoreError(
             f"the store was written by a newer Atoll (layout {found}; this one knows up to {schema})",
@@ -91,7 +91,7 @@ def _changes(
         try:
             objects[key] = json.loads(value)
         except ValueError:
-            raise StoreError(f"{key} of the store is not JSON", hint="restore a backup: docs/howto/restore-the-store.md") from None
+            raise StoreError(f"{key} of the store is not JSON", hint="restore a backup: docs/howto/restore-the-master.md") from None
     before = {key: json.dumps(value, sort_keys=True) for key, value in objects.items()}
     for number in range(found, schema):
         if number not in steps:

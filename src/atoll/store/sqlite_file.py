@@ -55,12 +55,12 @@ class Database:
             self._connect()
             bad = [row[0] for row in self._db.execute("PRAGMA quick_check(3)")]
             if bad != ["ok"]:
-                raise StoreError(f"{self.path} is damaged: {bad[0]}", hint="restore a backup: docs/howto/restore-the-store.md")
+                raise StoreError(f"{self.path} is damaged: {bad[0]}", hint="restore a backup: docs/howto/restore-the-master.md")
             self._bring_up()
             self._read_meta()
         except sqlite3.DatabaseError as error:
             self.close()
-            raise StoreError(f"cannot open {self.path}: {error}", hint="restore a backup: docs/howto/restore-the-store.md") from None
+            raise StoreError(f"cannot open {self.path}: {error}", hint="restore a backup: docs/howto/restore-the-master.md") from None
         except StoreError:
             self.close()
             raise
