@@ -50,7 +50,7 @@ class SeedOrders:
 
     async def write(self, args: dict[str, Any], report: Report) -> Any:
         """Write the seed into a new volume; it is durable there when this returns."""
-        target = await self._copies.path(args)
+        target = await self._copies.image(args)
         # No file of this node's, not even for a moment.
         fd = os.memfd_create("seed", os.MFD_CLOEXEC)
         try:
