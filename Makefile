@@ -1,7 +1,7 @@
 # Atoll: `make help` tells what there is.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults check lint bench clean
+.PHONY: help setup demo test faults check lint bench clean docs
 
 # How many tests run side by side; those that start guests or labs take turns whatever this is.
 JOBS ?= 2
@@ -41,6 +41,11 @@ lint:  ## style, types, and who imports whom
 bench:  ## measures the control plane, about five minutes (ONLY="cli instances jobs volumes idle scale migration": some of it)
 	@scripts/setup.sh test
 	@.venv/bin/python -m benchmarks $(ONLY)
+
+docs:  ## the documentation as a site (build/docs) and manual pages (build/man); a warning is a failure
+	@scripts/setup.sh docs
+	.venv/bin/mkdocs build --quiet
+	.venv/bin/python scripts/gen_man.py build/man
 
 clean:  ## removes what was built here; labs and the system's packages stay
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

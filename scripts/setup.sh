@@ -13,7 +13,8 @@ case ${1:-demo} in
     demo) extras="" packages+=("${host[@]}") ;;
     test) extras="[test]" packages+=("${host[@]}" bindfs mmdebstrap extlinux e2fsprogs) ;;
     check) extras="[test,check]" ;;
-    *) echo "usage: scripts/setup.sh demo|test|check" >&2; exit 2 ;;
+    docs) extras="[docs]" ;;
+    *) echo "usage: scripts/setup.sh demo|test|check|docs" >&2; exit 2 ;;
 esac
 
 # Two makes at the same time take turns.
@@ -96,6 +97,7 @@ fi
 # A richer environment serves a smaller wish too.
 for rich in "$extras" "[test]" "[test,check]"; do
     [ "${#rich}" -ge "${#extras}" ] || continue
+    [ "$extras" != "[docs]" ] || [ "$rich" = "[docs]" ] || continue
     [ "$(cat "$stamp" 2>/dev/null || true)" = "${wanted/" $extras "/" $rich "}" ] && exit 0
 done
 if [ ! -x .venv/bin/pip ] || ! .venv/bin/python -c '' 2>/dev/null; then
