@@ -175,6 +175,16 @@ def serial(cert_pem: str) -> str:
     return f"{_load(cert_pem).serial_number:x}"
 
 
+def owner(cert_pem: str) -> str:
+    """The id of the node (or of the master's node) that the certificate names; empty for others."""
+    try:
+        names = _load(cert_pem).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return ""
+    found = [_URI.fullmatch(uri) for uri in names.get_values_for_type(x509.UniformResourceIdentifier)]
+    return next((match[2] for match in found if match), "")
+
+
 def expires(cert_pem: str) -> float:
     """When the certificate ends to be valid, in seconds since 1970."""
     # Naive, in UTC: all that old releases of cryptography have.
