@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from atoll.model.errors import DeadlineExceeded, HostError
+from atoll.model.errors import DeadlineExceeded, HostError, PoolFull
 from atoll.model.messages import Progress
 from atoll.runtime.certs import create_ca, issue
 from atoll.storage import copy, sources
@@ -155,6 +155,21 @@ async def test_only_the_peer_may_write_and_only_to_the_server_it_means(nodes: No
         await nodes.push(port, node, server)
     assert nodes.target.stat().st_blocks == 0
     await nodes.push(port)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
+async def test_a_target_that_fills_up_is_said_to_be_full(nodes: Nodes) -> None:
+    place = nodes.place / "small"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", place], check=True, timeout=60)
+    try:
+        target = copy.Image(str(place / "target.raw"), direct=False, sparse=True)
+        with open(target.path, "wb") as file:
+            file.truncate(64 * MIB)
+        with pytest.raises(PoolFull, match="No space left on device"):
+            await copy.convert(seen(nodes.source), target, nodes.seen.append, 60.0)
+    finally:
+        subprocess.run(["umount", place], check=True, timeout=60)
 
 
 async def test_a_server_that_is_no_longer_there_is_told(nodes: Nodes) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from atoll.model.errors import DeadlineExceeded, HostError
+from atoll.model.errors import DeadlineExceeded, HostError, PoolFull
 from atoll.model.messages import Progress
 from atoll.runtime.certs import current
 
@@ -259,7 +259,8 @@ async def _run(argv: list[str], deadline: float, report: Callable[[Progress], No
                     report(Progress(percent=float(found[-1]), text="copying the disk"))
             said = await words
             if await process.wait():
-                raise HostError(f"the copy failed: {said.decode(errors='replace').strip()}")
+                why = f"the copy failed: {said.decode(errors='replace').strip()}"
+                raise PoolFull(why) if "No space left on device" in why else HostError(why)
     except TimeoutError:
         raise DeadlineExceeded(f"the copy took longer than {deadline:g} s") from None
     finally:

@@ -155,7 +155,9 @@ def _check(jobs: dict[str, dict[str, Any]], volumes: Sequence[str]) -> None:
     for volume in volumes:
         job = jobs.get(_job(volume))
         if job is None or job.get("error"):
-            raise MigrationFailed(f"copying the disk {volume} failed: {job['error'] if job else 'its job is gone'}")
+            why = str(job["error"]) if job else "its job is gone"
+            hint = "make room in the pool there: atoll pool info POOL" if "No space left" in why else None
+            raise MigrationFailed(f"copying the disk {volume} failed: {why}", hint=hint)
 
 
 async def _drop_node(session: Session, volume: str, tuning: Tuning) -> None:
