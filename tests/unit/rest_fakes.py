@@ -13,7 +13,7 @@ from typing import Any
 
 from atoll.api.events import Hub
 from atoll.api.leader import Caller, Finding, JoinAnswer, Submission
-from atoll.model.errors import AtollError, Forbidden, KeyReused, TokenInvalid, Unauthenticated, WrongState
+from atoll.model.errors import AtollError, Forbidden, KeyReused, NotFound, TokenInvalid, Unauthenticated, WrongState
 from atoll.model.messages import GuestStatus, NodeReport, Progress, Space
 from atoll.model.objects import (
     Claim,
@@ -103,6 +103,7 @@ class FakeLeader:
         self.refuse_state: AtollError | None = None
         self.tokens = {"read": Caller("ray", "reader"), "operate": Caller("olga", "operator"), "admin": Caller("ada", "admin")}
         self.serials: dict[str, str] = {}
+        self.named: dict[str, str] = {}
         self._keys: dict[str, tuple[int, Any]] = {}
         self._progress: dict[int, Progress] = {}
         self._changed = asyncio.Event()
@@ -201,8 +202,16 @@ class FakeLeader:
     async def join_token(self, name: str, group: str | None, rejoin: bool = False) -> str:
         return f"fingerprint.secret-for-{name}-in-{group}"
 
-    async def api_token(self, name: str, role: str) -> str:
+    async def api_token(self, name: str, role: str, days: int | None = None) -> str:
+        self.named[name] = role
         return f"token-of-{name}-{role}"
+
+    def api_tokens(self) -> list[dict[str, Any]]:
+        return [{"name": name, "role": role, "created": 1.0, "expires": None} for name, role in sorted(self.named.items())]
+
+    async def revoke_token(self, name: str) -> None:
+        if self.named.pop(name, None) is None:
+            raise NotFound("there is no such token")
 
     async def join(self, token: str, name: str, address: str, port: int, csr: str) -> JoinAnswer:
         if token != "good":

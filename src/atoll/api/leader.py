@@ -94,8 +94,14 @@ class Leader(Protocol):
         """A token with which the node ``name`` may join once within 15 minutes. ``rejoin``: a node of the cluster that does not answer
         comes back with it. Errors: AlreadyExists, NodeAnswers."""
 
-    async def api_token(self, name: str, role: str) -> str:
-        """A new API token; shown once, kept as a hash."""
+    async def api_token(self, name: str, role: str, days: int | None = None) -> str:
+        """A new API token; shown once, kept as a hash. Good for ``days``, or until it is revoked. Errors: AlreadyExists."""
+
+    def api_tokens(self) -> list[dict[str, Any]]:
+        """The API tokens by name: role, when they were made and when they end; never the token itself."""
+
+    async def revoke_token(self, name: str) -> None:
+        """Forget an API token; it is refused from now on. Errors: NotFound."""
 
     async def join(self, token: str, name: str, address: str, port: int, csr: str) -> JoinAnswer:
         """A node joins. Errors: TokenInvalid, AlreadyExists."""

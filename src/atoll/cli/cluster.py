@@ -10,10 +10,11 @@ from typing import Any
 import click
 
 from atoll.cli import masters, tags, work
-from atoll.cli.client import Client
+from atoll.cli.client import Client, path_of
+from atoll.cli.columns import AUDIT, TOKENS
 from atoll.cli.lazy import OrderedGroup
-from atoll.cli.options import format_option, job_options, pairs, split_words
-from atoll.cli.output import Style, duration, print_data, print_object
+from atoll.cli.options import format_option, job_options, output_options, pairs, split_words, style
+from atoll.cli.output import Style, duration, print_data, print_object, print_rows
 from atoll.cli.settings import config_option
 
 set_option = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Write this key into the configuration.")
@@ -108,15 +109,46 @@ def driver_options(texts: tuple[str, ...]) -> dict[str, dict[str, str]]:
 @cluster.command()
 @click.argument("name")
 @click.option("--role", type=click.Choice(["reader", "operator", "admin"]), default="reader", show_default=True)
+@click.option("--days", type=click.IntRange(1, 36500), metavar="N", help="Good for so long; default: until it is revoked.")
 @format_option
-def token(name: str, role: str, format: str) -> None:
+def token(name: str, role: str, days: int | None, format: str) -> None:
     """Make an API token for NAME. It is printed once, and kept only as a hash."""
-    made = Client().send("POST", "/v1/tokens", {"name": name, "role": role})
+    made = Client().send("POST", "/v1/tokens", {"name": name, "role": role, **({"days": days} if days else {})})
     if format != "table":
         print_data(made, format)
         return
     click.echo(made["token"])
     click.echo("Next: keep it in a file with mode 600 and set ATOLL_TOKEN_FILE", err=True)
+
+
+@cluster.command()
+@output_options
+def tokens(**options: Any) -> None:
+    """The API tokens: names, roles and dates."""
+    print_rows(Client().get("/v1/tokens")["items"], TOKENS, style(**options))
+
+
+@cluster.command()
+@click.argument("name")
+def revoke(name: str) -> None:
+    """Revoke the API token of NAME; it is refused from now on."""
+    Client().send("DELETE", path_of("token", name))
+    click.echo(f"The token {name} is revoked.")
+
+
+@cluster.command()
+@click.option("-n", "--limit", type=click.IntRange(1, 10_000), default=100, show_default=True, help="How many, counted from the newest.")
+@click.option("--who", metavar="NAME", help="Only what this caller asked.")
+@click.option("--path", metavar="TEXT", help="Only where the address, or a job's operation, has this in it.")
+@click.option("--since", metavar="TIME", help="Only from then on: the beginning of a time in UTC, such as 2026-01-31T18.")
+@output_options
+def audit(limit: int, who: str | None, path: str | None, since: str | None, **options: Any) -> None:
+    """Who asked for what, when, from where, and what came of it, as this master has written it down."""
+    asked = {"limit": limit, "who": who, "path": path, "since": since}
+    found = Client().get("/v1/cluster/audit", {name: value for name, value in asked.items() if value is not None})
+    print_rows(found["items"], AUDIT, style(**options))
+    if found["trouble"]:
+        click.echo(f"The log cannot be written: {found['trouble']}; {found['lost']} entries are lost so far.", err=True)
 
 
 @cluster.command("renew-certificates")

@@ -158,4 +158,41 @@ JOBS = Table(
     ("id", "state", "age", "took", "who", "summary", "note"),
 )
 
+TOKENS = Table(
+    {
+        "name": _column("Token", "name"),
+        "role": _column("Role", "role"),
+        "created": _column("Made", "created", "time"),
+        "expires": _column("Ends", "expires", "time"),
+    },
+    ("name", "role", "created", "expires"),
+)
+
+
+def _asked(row: Row) -> str:
+    if row.get("event") == "job":
+        return str(row.get("summary", ""))
+    if row.get("event"):
+        return f"{row.get('entries')} entries were {row['event']}: {row.get('why')}"
+    return f"{row.get('method')} {row.get('path')}"
+
+
+def _came(row: Row) -> str:
+    return f"{row.get('state') or row.get('status') or ''}{' ' + str(row['code']) if row.get('code') else ''}"
+
+
+AUDIT = Table(
+    {
+        "at": _column("When (UTC)", "at"),
+        "who": _column("Who", "who"),
+        "role": _column("Role", "role"),
+        "from": _column("From", "from"),
+        "what": Column("What", _asked),
+        "result": Column("Result", _came),
+        "job": _column("Job", "job", "number"),
+        "request": _column("Request", "request"),
+    },
+    ("at", "who", "from", "what", "result", "job"),
+)
+
 TABLES = {"instance": INSTANCES, "node": NODES, "group": GROUPS, "pool": POOLS, "volume": VOLUMES, "job": JOBS}

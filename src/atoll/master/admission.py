@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from atoll.api.leader import Caller, JoinAnswer
-from atoll.master.authority import CertificateAuthority
-from atoll.model.errors import AlreadyExists, Forbidden, InvalidInput, NodeAnswers, TokenInvalid, Unauthenticated
+from atoll.master.authority import DAY, CertificateAuthority
+from atoll.model.errors import AlreadyExists, Forbidden, InvalidInput, NodeAnswers, NotFound, TokenInvalid, Unauthenticated
 from atoll.model.ids import check_name, new_id
 from atoll.model.objects import Group, Node, Token
 from atoll.operations.state import State
 from atoll.runtime import certs
-from atoll.runtime.secrets import digest, new_token
+from atoll.runtime.secrets import digest, matches, new_token
 
 #: Seconds for which a join token is good.
 JOIN_TOKEN_LIFE = 15 * 60.0
@@ -102,22 +104,43 @@ class Admission:
             hypervisor=state.cluster.hypervisor,
         )
 
-    async def api_token(self, state: State, name: str, role: str) -> str:
+    async def api_token(self, state: State, name: str, role: str, days: int | None = None) -> str:
         """A new API token, kept as its hash."""
         check_name(name, "token name")
         if role not in ("admin", "operator", "reader"):
             raise InvalidInput(f"there is no role {role!r}", hint="roles: admin, operator, reader")
-        secret = new_token()
-        await state.store.write(
-            put=[Token(id=digest(secret)[:32], purpose="api", digest=digest(secret), name=name, role=role, created=state.clock.now())]
-        )
+        if self._named(state, name):
+            raise AlreadyExists(f"there is already an API token named {name!r}", hint=f"atoll cluster revoke {name}")
+        secret, now = new_token(), state.clock.now()
+        ends = now + days * DAY if days else None
+        made = Token(id=digest(secret)[:32], purpose="api", digest=digest(secret), name=name, role=role, created=now, expires=ends)
+        await state.store.write(put=[made])
         return secret
+
+    def _named(self, state: State, name: str) -> list[Token]:
+        return [token for token in state.store.all(Token) if token.purpose == "api" and token.name == name]
+
+    def api_tokens(self, state: State) -> list[dict[str, Any]]:
+        """What may be shown of the API tokens, by name."""
+        found = sorted((token for token in state.store.all(Token) if token.purpose == "api"), key=lambda token: token.name)
+        return [{"name": t.name, "role": t.role, "created": t.created or None, "expires": t.expires} for t in found]
+
+    async def revoke_token(self, state: State, name: str) -> None:
+        """Forget every API token of this name."""
+        found = self._named(state, name)
+        if not found:
+            raise NotFound(f"there is no API token {name!r}", hint="atoll cluster tokens")
+        await state.store.write(delete=found)
 
     def caller_of_token(self, state: State, token: str) -> Caller:
         """Who has this API token."""
         found = state.store.get(Token, digest(token)[:32])
-        if found is None or found.purpose != "api" or found.digest != digest(token):
+        if found is None or found.purpose != "api" or not matches(token, found.digest):
             raise Unauthenticated("this API token is not known")
+        if found.expires is not None and found.expires < state.clock.now():
+            raise Unauthenticated(
+                f"the API token {found.name} has ended", hint=f"atoll cluster revoke {found.name}; atoll cluster token NAME"
+            )
         return Caller(found.name, found.role)
 
     def node_of_serial(self, state: State, serial: str, ident: str = "", issued: float = 0.0) -> str:

@@ -11,13 +11,15 @@ import structlog
 
 from atoll.api.rest.app import create_app
 from atoll.master.admission import Admission
+from atoll.master.auditing import ends_of_jobs, findings
 from atoll.master.authority import CertificateAuthority
 from atoll.master.leader import MasterLeader
 from atoll.master.recall import check_leads, note_deposed, refuse_deposed
 from atoll.master.setup import own_url, read_keyring, store_dir
-from atoll.model.errors import AtollError, InvalidInput
+from atoll.model.errors import AtollError, HostError, InvalidInput
 from atoll.model.objects import Cluster
 from atoll.rpc.https import HttpsTransport
+from atoll.runtime.audit import AuditLog
 from atoll.runtime.clock import SystemClock
 from atoll.runtime.config import Config, load
 from atoll.runtime.httpserver import listening
@@ -54,8 +56,13 @@ async def run(config: Config) -> None:
 async def _lead(config: Config, leading: LeaderStore, transport: HttpsTransport) -> None:
     clock = SystemClock()
     authority = await CertificateAuthority.load(leading, config, clock)
-    # First of all: what this master shows and trusts may be from before the CA was changed.
-    authority.settle()
+    try:
+        # First of all: what this master shows and trusts may be from before the CA was changed.
+        authority.settle()
+    except HostError as error:
+        # It may be good enough, and the keeper tries again.
+        log.error("the master's own certificate cannot be kept fresh", error=error.message)
+    audit = AuditLog(config.log_dir / "audit.jsonl", clock.now)
     leader = MasterLeader(
         leading,
         transport,
@@ -66,13 +73,19 @@ async def _lead(config: Config, leading: LeaderStore, transport: HttpsTransport)
         url=own_url(config),
         keyring=lambda: read_keyring(config),
     )
+    leading.listeners.append(ends_of_jobs(audit))
+    leader.more_findings.append(lambda: findings(audit))
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     await leader.start()
     async with listening(
-        create_app(leader), socket_path=config.api_socket, host=config.address, port=config.master_port, tls_dir=config.master_tls_dir
+        create_app(leader, log=audit),
+        socket_path=config.api_socket,
+        host=config.address,
+        port=config.master_port,
+        tls_dir=config.master_tls_dir,
     ):
         notify_ready()
         log.info("master serves", node=config.node, port=config.master_port, term=leading.term)
@@ -81,6 +94,7 @@ async def _lead(config: Config, leading: LeaderStore, transport: HttpsTransport)
         for task in waits:
             task.cancel()
         await leader.stop()
+    audit.close()
     if leading.superseded:
         note_deposed(store_dir(config), leading.why_deposed)
         refuse_deposed(store_dir(config))

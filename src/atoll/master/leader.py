@@ -69,6 +69,8 @@ class MasterLeader:
         self._admission = admission
         self._state.signer = admission.authority if admission else None
         self.keeper = CertificateKeeper(self._state, self.submit_internal, self.engine.busy)
+        #: What else ``verify`` tells of.
+        self.more_findings: list[Callable[[], list[Finding]]] = [self.keeper.findings]
         self._spaces = SpaceMonitor(self._state, self.agents)
         self.events = Hub(store, self.engine.progress)
         self.engine.on_progress = self.events.progress
@@ -190,7 +192,8 @@ class MasterLeader:
 
     async def verify(self) -> list[Finding]:
         """See ``api.leader.Leader``."""
-        return sorted([*await self._verifier.look(), *self.keeper.findings()], key=lambda f: SEVERITIES.get(f.severity, 3))
+        found = [*await self._verifier.look(), *(finding for more in self.more_findings for finding in more())]
+        return sorted(found, key=lambda finding: SEVERITIES.get(finding.severity, 3))
 
     # --- nodes ---
 
@@ -229,9 +232,17 @@ class MasterLeader:
         """See ``api.leader.Leader``."""
         return await self._gate().join_token(self._state, name, group, rejoin)
 
-    async def api_token(self, name: str, role: str) -> str:
+    async def api_token(self, name: str, role: str, days: int | None = None) -> str:
         """See ``api.leader.Leader``."""
-        return await self._gate().api_token(self._state, name, role)
+        return await self._gate().api_token(self._state, name, role, days)
+
+    def api_tokens(self) -> list[dict[str, Any]]:
+        """See ``api.leader.Leader``."""
+        return self._gate().api_tokens(self._state)
+
+    async def revoke_token(self, name: str) -> None:
+        """See ``api.leader.Leader``."""
+        await self._gate().revoke_token(self._state, name)
 
     async def join(self, token: str, name: str, address: str, port: int, csr: str) -> JoinAnswer:
         """See ``api.leader.Leader``."""

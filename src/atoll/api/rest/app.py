@@ -11,19 +11,22 @@ from pydantic.json_schema import models_json_schema
 
 from atoll import __version__
 from atoll.api.leader import Leader
-from atoll.api.rest import agents, body, lane, problems, reads, stream, submit
+from atoll.api.rest import agents, audit, body, lane, problems, reads, stream, submit
 from atoll.operations.registry import OPERATIONS, Operation
+from atoll.runtime.audit import AuditLog
 
 
-def create_app(leader: Leader, operations: Mapping[str, Operation] | None = None) -> FastAPI:
-    """The app. Operations must be registered before; ``operations`` replaces the table, for tests."""
+def create_app(leader: Leader, operations: Mapping[str, Operation] | None = None, log: AuditLog | None = None) -> FastAPI:
+    """The app. Operations must be registered before; ``operations`` replaces the table, for tests. ``log``: where requests are noted."""
     table = OPERATIONS if operations is None else operations
     # No /docs and /redoc: their pages load scripts from elsewhere.
     app = FastAPI(title="Atoll", version=__version__, openapi_url="/v1/openapi.json", docs_url=None, redoc_url=None, redirect_slashes=False)
     problems.install(app)
-    routers = [agents.router(leader), submit.router(leader, table), reads.router(leader), stream.router(leader)]
+    routers = [agents.router(leader), submit.router(leader, table), reads.router(leader), stream.router(leader), audit.router(leader, log)]
     app.add_middleware(lane.Lane, routes=[route for router in routers for route in router.routes])
     app.add_middleware(body.BodyLimit)
+    if log is not None:
+        app.add_middleware(audit.AuditMiddleware, log=log)
     for router in routers:
         app.include_router(router)
     app.openapi = lambda: _openapi(app, table)  # type: ignore[method-assign]

@@ -26,7 +26,15 @@ def peer_certificate(request: Request) -> dict[str, Any] | None:
 
 
 def caller(request: Request, leader: Leader) -> Caller:
-    """Who asks for something under ``/v1``. Errors: Unauthenticated, Forbidden."""
+    """Who asks for something under ``/v1``; it is noted for the audit log. Errors: Unauthenticated, Forbidden."""
+    found = _caller(request, leader)
+    note = request.scope.get("state", {}).get("audit")
+    if note is not None:
+        note.update(who=found.name, role=found.role)
+    return found
+
+
+def _caller(request: Request, leader: Leader) -> Caller:
     if peer_certificate(request):
         raise Forbidden("certificates are for agents; the REST API wants a token", hint="send Authorization: Bearer TOKEN, no certificate")
     header = request.headers.get("authorization")

@@ -30,10 +30,11 @@ class NodeTokenRequest(BaseModel):
 
 
 class ApiTokenRequest(BaseModel):
-    """For whom the API token is, and what it allows."""
+    """For whom the API token is, what it allows, and for how many days it is good (default: until it is revoked)."""
 
     model_config = ConfigDict(extra="forbid")
     name: Name
+    days: Annotated[int, Field(ge=1, le=36500)] | None = None
     role: Literal["reader", "operator", "admin"] = "reader"
 
 
@@ -155,5 +156,16 @@ def _tokens(routes: APIRouter, leader: Leader) -> None:
     async def api_token(request: Request) -> Response:
         auth.require(request, leader, "admin")
         wanted = await body.parse(request, ApiTokenRequest)
-        token = await leader.api_token(wanted.name, wanted.role)
+        token = await leader.api_token(wanted.name, wanted.role, wanted.days)
         return answer({"name": wanted.name, "role": wanted.role, "token": token}, 201, {"Cache-Control": "no-store"})
+
+    @routes.get("/v1/tokens", tags=["cluster"], summary="The API tokens: names, roles and dates, never the tokens themselves")
+    async def api_tokens(request: Request) -> Response:
+        auth.require(request, leader, "admin")
+        return answer({"items": leader.api_tokens()})
+
+    @routes.delete("/v1/tokens/{target}", tags=["cluster"], summary="Revoke an API token; it is refused from now on")
+    async def revoke(request: Request, target: str) -> Response:
+        auth.require(request, leader, "admin")
+        await leader.revoke_token(target)
+        return answer({"name": target})
