@@ -311,3 +311,32 @@ def test_the_old_master_and_another_candidate_with_the_same_term_are_refused() -
         await box.close()
 
     simulate(story)
+
+
+def migration_case(number: int, phase: str, lag: int) -> str:
+    """The master is lost in a migration. Gives what its process was at the succession: where it ran on, or had to be let go on."""
+
+    async def story() -> str:
+        chosen = next(s for s in STORIES if s.name == "migrate")
+        box, history, _ = await lose_master(chosen, number, phase)
+        async with Ticking(box):
+            await asyncio.sleep(3.0)
+            before = {guest.state: guest.pid for guest in box.world.guests.values()}
+            await succeed(box, history.copies[max(0, len(history.copies) - 1 - lag)])
+            await settle(box)
+            (ident,) = {ident for _, ident in box.world.guests}
+            (after,) = [guest for guest in box.world.guests.values() if guest.spec.instance == ident]
+            assert after.state == "running", (before, after.state)
+            assert after.pid in before.values(), "it was started anew"
+            assert not box.world.violations
+            assert box.master.state.claim(ident).nodes == (box.nodes[after.node],)
+        await box.close()
+        return "let go on" if before.get("paused") == after.pid else "ran on"
+
+    return simulate(story)
+
+
+def test_a_migration_that_was_left_behind_is_settled_and_the_guest_never_ends() -> None:
+    total = count(next(s for s in STORIES if s.name == "migrate"))
+    seen = {migration_case(number, phase, lag) for number in range(total) for phase in ("before", "after") for lag in (0, 1, 3)}
+    assert seen == {"let go on", "ran on"}

@@ -120,6 +120,26 @@ def test_a_byte_that_has_changed_ends_the_log_there(tmp_path: Path) -> None:
         Replica(tmp_path).read()
 
 
+def test_what_is_acknowledged_has_been_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replica = Replica(tmp_path)
+    calls: list[tuple[str, str]] = []
+
+    def noted(name: str) -> None:
+        real = getattr(os, name)
+
+        def call(handle: int, *rest: Any) -> Any:
+            calls.append((name, Path(os.readlink(f"/proc/self/fd/{handle}")).name))
+            return real(handle, *rest)
+
+        monkeypatch.setattr(os, name, call)
+
+    base(replica, 3, 10, b"x")
+    noted("write")
+    noted("fsync")
+    replica.append(3, [change(10, 11)])
+    assert calls == [("write", "log"), ("fsync", "log")]
+
+
 class PowerCut(BaseException):
     """From here on nothing reaches the disk."""
 
