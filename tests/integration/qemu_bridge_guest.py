@@ -26,8 +26,8 @@ async def main() -> None:
     ip("addr", "add", "10.99.0.1/24", "dev", "testbr")
     ip("link", "set", "testbr", "up")
     nics = [Nic(mac="52:54:00:00:00:01", mode="bridged", link="testbr"), Nic(mac="52:54:00:00:00:02")]
-    spec = world.spec(more="nic=10.99.0.2/24").model_copy(update={"nics": nics})
     a = world.hypervisor("a", user="nobody")
+    spec = world.spec(more="nic=10.99.0.2/24").model_copy(update={"nics": nics})
     try:
         await a.start(spec, world.report)
         await says(a, spec, "READY")

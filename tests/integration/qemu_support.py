@@ -63,6 +63,8 @@ class World:
     image: GuestImage
     authority: Authority
     report: Reports = field(default_factory=Reports)
+    #: Whose guests' disks are, as connectors hand them over; empty = root's.
+    user: str = ""
     _made: list[QemuHypervisor] = field(default_factory=list)
 
     def hypervisor(self, node: str, *, tls: bool = True, user: str = "") -> QemuHypervisor:
@@ -71,6 +73,7 @@ class World:
         if tls and not tls_dir.exists():
             self.authority.node(tls_dir, node)
         made = QemuHypervisor(self.place / node, tls_dir, "127.0.0.1", node, user)
+        self.user = user or self.user
         # Others use this machine too: being slow is not what is tested.
         made.tuning.answer_busy = 10.0
         self._made.append(made)
@@ -82,6 +85,8 @@ class World:
         path = self.place / (name or f"{volume}.raw")
         with open(path, "ab") as image:
             image.truncate(size)
+        if self.user:
+            shutil.chown(path, self.user)
         blockdev = {"driver": "file", "filename": str(path), "locking": "on"}
         return GuestDisk(volume=volume, slot=slot, size=size, attached=Attached(volume=volume, path=str(path), blockdev=blockdev))
 

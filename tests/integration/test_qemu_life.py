@@ -158,7 +158,7 @@ async def test_a_failed_write_stops_the_guest_until_it_is_resumed(world: World) 
             break
         await asyncio.sleep(0.05)
     status = await a.status(spec.instance)
-    assert (status.state, status.reason) == ("paused", "its storage failed")
+    assert (status.state, status.reason) == ("paused", "io-error: its storage failed")
     await a.resume(spec.instance)
     await writes(a, spec, 10)
     assert "CTR ERR" not in a.console_log(spec.instance).read_text()

@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,9 @@ async def leader() -> FakeLeader:
 async def run(directory: Path, *words: str) -> Running:
     environment = clean_environment(PYTHONPATH=str(SOURCE), ATOLL_SOCKET=str(directory / "api.sock"))
     pipe = asyncio.subprocess.PIPE
-    return Running(await asyncio.create_subprocess_exec(*ATOLL, *words, env=environment, stdout=pipe, stderr=pipe))
+    # Whoever runs the tests in the background may have Ctrl-C ignored, and children inherit that.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return Running(await asyncio.create_subprocess_exec(*ATOLL, *words, env=environment, stdout=pipe, stderr=pipe, preexec_fn=heed))
 
 
 async def test_a_watched_job_is_followed_live_to_its_end(leader: FakeLeader, tmp_path: Path) -> None:
