@@ -27,7 +27,7 @@ def spec(*disks: GuestDisk, **changes: Any) -> GuestSpec:
     return GuestSpec(instance="i-1", name="web", generation=1, memory=128 * MIB, disks=list(disks)).model_copy(update=changes)
 
 
-def argv(wanted: GuestSpec, run_dir: str = "/run/x", taps: tuple[str | None, ...] = (), incoming: bool = False) -> list[str]:
+def argv(wanted: GuestSpec, run_dir: str = "/run/x", taps: tuple[int | None, ...] = (), incoming: bool = False) -> list[str]:
     return command(wanted, GuestFiles(Path(run_dir), wanted.instance), taps, incoming=incoming)
 
 
@@ -93,8 +93,8 @@ def test_the_first_disk_boots_unless_a_kernel_is_given() -> None:
 
 def test_network_cards() -> None:
     nics = [Nic(mac="52:54:00:00:00:01"), Nic(mac="52:54:00:00:00:02", mode="bridged", link="br0")]
-    words = argv(spec(nics=nics), taps=(None, "at0"))
-    assert values(words, "-netdev") == ["user,id=net0", "tap,id=net1,ifname=at0,script=no,downscript=no"]
+    words = argv(spec(nics=nics), taps=(None, 7))
+    assert values(words, "-netdev") == ["user,id=net0", "tap,id=net1,fd=7"]
     cards = [text for text in values(words, "-device") if text.startswith("virtio-net")]
     assert ["addr=0x8" in cards[0], "addr=0x9" in cards[1]] == [True, True]
 

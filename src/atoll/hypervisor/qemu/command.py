@@ -30,8 +30,8 @@ SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=de
 _STRIPPED = "hpet=off,smbus=off,sata=off,usb=off,vmport=off,dump-guest-core=off"
 
 
-def command(spec: GuestSpec, files: GuestFiles, taps: Sequence[str | None], *, incoming: bool) -> list[str]:
-    """The whole command line. ``taps``: for each network card its tap device, None for QEMU's own NAT. Errors: InvalidInput."""
+def command(spec: GuestSpec, files: GuestFiles, taps: Sequence[int | None], *, incoming: bool) -> list[str]:
+    """The whole command line. ``taps``: for each network card the descriptor of its tap, None for QEMU's own NAT. Errors: InvalidInput."""
     argv = [BINARY, "-nodefaults", "-no-user-config", "-only-migratable", "-display", "none", "-sandbox", SANDBOX]
     argv += ["-name", f"guest={_quote(spec.instance)},debug-threads=on", "-uuid", str(uuid.uuid5(_UUIDS, spec.instance))]
     argv += ["-pidfile", str(files.pidfile), "-msg", "timestamp=on"]
@@ -82,12 +82,12 @@ def _monitors(files: GuestFiles) -> list[str]:
     return [*argv, "-device", "isa-serial,id=serial-device0,chardev=serial0,index=0"]
 
 
-def _nics(spec: GuestSpec, taps: Sequence[str | None]) -> list[str]:
+def _nics(spec: GuestSpec, taps: Sequence[int | None]) -> list[str]:
     if len(spec.nics) > NICS:
         raise InvalidInput(f"a guest can have {NICS} network cards, not {len(spec.nics)}")
     argv = []
     for index, (nic, tap) in enumerate(zip(spec.nics, taps, strict=True)):
-        backend = f"tap,id=net{index},ifname={_quote(tap)},script=no,downscript=no" if tap else f"user,id=net{index}"
+        backend = f"user,id=net{index}" if tap is None else f"tap,id=net{index},fd={tap}"
         # No option ROM: guests do not boot from the network, and ROMs of different versions break migrations.
         card = f"virtio-net-pci,id=nic{index},netdev=net{index},mac={nic.mac},romfile=,bus=pcie.0,addr=0x{_NICS + index:x}"
         argv += ["-netdev", backend, "-device", card]

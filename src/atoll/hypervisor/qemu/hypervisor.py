@@ -254,13 +254,15 @@ class QemuHypervisor:
 
     async def _launch(self, spec: GuestSpec, *, arriving: bool) -> None:
         files, owner = self._files(spec.instance), account(self.user)
-        command.command(spec, files, network.names(self.node, spec), incoming=arriving)  # refuses a wrong spec before anything is made
+        command.command(spec, files, [None] * len(spec.nics), incoming=arriving)  # refuses a wrong spec before anything is made
         files.prepare(spec, owner)
         try:
             for disk in spec.disks:
                 hand_over(command.disk_path(disk), owner)
-            taps = await network.make(self.node, spec, owner)
-            await process.launch(command.command(spec, files, taps, incoming=arriving), files, owner, self._monitors, self.tuning.launch)
+            with network.opened(await network.make(self.node, spec)) as taps:
+                argv = command.command(spec, files, taps, incoming=arriving)
+                inherited = [tap for tap in taps if tap is not None]
+                await process.launch(argv, files, owner, self._monitors, self.tuning.launch, inherited)
         except BaseException:
             # Also when we are told to give up: nothing may be left that nobody knows of. It is stopped, so that nothing is lost.
             await self.kill(spec.instance)

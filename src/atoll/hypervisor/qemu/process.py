@@ -70,11 +70,13 @@ def find(files: GuestFiles) -> list[int]:
     return [pid for pid, pidfile in scan() if pidfile == wanted]
 
 
-async def launch(argv: Sequence[str], files: GuestFiles, owner: Account | None, monitors: Monitors, deadline: float) -> None:
+async def launch(
+    argv: Sequence[str], files: GuestFiles, owner: Account | None, monitors: Monitors, deadline: float, inherited: Sequence[int] = ()
+) -> None:
     """Start QEMU in a session of its own, as a child of the first process, and wait until it has opened its disks and answers.
 
-    It is stopped then (``-S``). QEMU's own ``-daemonize`` does not go together with its sandbox. Errors: DiskInUse, GuestError (both with
-    QEMU's words), HostError, DeadlineExceeded.
+    It is stopped then (``-S``). ``inherited``: descriptors that its command line names. QEMU's own ``-daemonize`` does not go together
+    with its sandbox. Errors: DiskInUse, GuestError (both with QEMU's words), HostError, DeadlineExceeded.
     """
     # QEMU holds the other end for its whole life: end of file is its end, before there is any other way to tell.
     alive, held = os.pipe()
@@ -83,13 +85,14 @@ async def launch(argv: Sequence[str], files: GuestFiles, owner: Account | None, 
         try:
             if owner:
                 os.chown(files.qemu_log, owner.uid, owner.gid)
-            # It keeps nothing else of ours: no terminal, no descriptors, no environment, no privileges.
+            # It keeps nothing else of ours: no terminal, no other descriptors, no environment, no privileges.
             starter = await asyncio.create_subprocess_exec(
                 *("setsid", "--fork", *argv),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=held,
                 stderr=log,
                 cwd="/",
+                pass_fds=inherited,
                 umask=0o077,
                 env=_ENVIRONMENT,
                 user=owner.uid if owner else None,
