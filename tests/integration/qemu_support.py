@@ -143,7 +143,21 @@ async def says(hypervisor: QemuHypervisor, spec: GuestSpec, pattern: str, deadli
 async def writes(hypervisor: QemuHypervisor, spec: GuestSpec, more: int = 5, deadline: float = 40.0) -> None:
     """Wait until the guest has acknowledged some more records."""
     before = len(acks(text(hypervisor, spec)))
-    await until(lambda: len(acks(text(hypervisor, spec))) >= before + more, deadline, f"{more} more records")
+    try:
+        await until(lambda: len(acks(text(hypervisor, spec))) >= before + more, deadline, f"{more} more records")
+    except AssertionError as error:
+        raise AssertionError(f"{error}; {await _looks(hypervisor, spec)}") from None
+
+
+async def _looks(hypervisor: QemuHypervisor, spec: GuestSpec) -> str:
+    """How a guest is that does not do what it should: its state, the time its processors and its process have used, its last words."""
+    status = await hypervisor.status(spec.instance)
+    times = []
+    for _ in range(2):
+        times.append(Path(f"/proc/{status.pid}/stat").read_text().rpartition(")")[2].split()[11:13] if status.pid else "gone")
+        await asyncio.sleep(1)
+    threads = [f"{t.name} {Path(t, 'wchan').read_text()}" for t in Path(f"/proc/{status.pid}/task").glob("*")] if status.pid else []
+    return f"{status}; CPU in a second: {times}; threads: {threads}; console: {text(hypervisor, spec)[-400:]!r}"
 
 
 async def power_off_from_within(hypervisor: QemuHypervisor, spec: GuestSpec) -> None:
