@@ -32,6 +32,7 @@ from atoll.runtime.clock import LoopClock, VirtualLoop
 from atoll.runtime.keeping import Keeping, KeptInMemory
 from atoll.runtime.secrets import SecretBox
 from atoll.store.cache import LeaderStore
+from atoll.store.contract import Store
 from atoll.store.memory import Durable, MemoryStore
 
 T = TypeVar("T")
@@ -114,7 +115,7 @@ class Box:
         box = cls(seed, locking=locking, home=home)
         box.seat = "node1" if candidates else ""
         box.loops = loops
-        leader = await LeaderStore.open(MemoryStore(durable=box.durable))
+        leader = await LeaderStore.open(await box.open_store())
         group = Group(id="group-00000000000000001", name="default")
         put: list[Stored] = [Cluster(id="cluster", name="box", ca_fingerprint="box", hypervisor="fake"), group]
         for number in range(1, nodes + 1):
@@ -147,12 +148,16 @@ class Box:
             )
         await leader.write(put=changed)
 
+    async def open_store(self) -> Store:
+        """The store that a new master finds."""
+        self.store = MemoryStore(durable=self.durable)
+        return self.store
+
     # --- life of processes ---
 
     async def boot_master(self) -> None:
         """A new master takes a new term from the durable store."""
-        self.store = MemoryStore(durable=self.durable)
-        store = await LeaderStore.open(self.store)
+        store = await LeaderStore.open(await self.open_store())
         admission = None
         if self.kept:
             authority = CertificateAuthority(store, self.secrets, self.clock, self.kept["master"], ("node1", "127.0.0.1"))

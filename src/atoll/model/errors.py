@@ -297,6 +297,19 @@ class StoreError(AtollError):
     code, status, exit_code, default_hint = "store_error", 500, 9, "see docs/howto/restore-the-master.md"
 
 
+class StoreFull(StoreError):
+    """The file system of the store is full. Nothing was written; reads are answered, and it goes on by itself once there is room."""
+
+    code, status, default_hint = "store_full", 507, "make room on the master's /var/lib/atoll: df"
+
+
+class StoreDamaged(StoreError):
+    """The store's files are damaged, or changes that were acknowledged are missing from them; the master does not use them."""
+
+    code = "store_damaged"
+    default_hint = "atoll cluster master-failover on a candidate, or atoll cluster restore FILE: docs/howto/restore-the-master.md"
+
+
 class StoreLocked(StoreError):
     """Another master uses this store."""
 

@@ -18,7 +18,7 @@ from atoll.store.contract import Entry, Event, Transaction
 from atoll.store.local import file_system_type, lock_directory, prepare_directory
 from atoll.store.memory import KEEP_REVISIONS
 from atoll.store.rules import check_transaction
-from atoll.store.sqlite_file import Database, backup, snapshot
+from atoll.store.sqlite_file import Database, backup, failure, snapshot
 
 T = TypeVar("T")
 #: Seconds to wait for the disk; a disk that takes longer hangs.
@@ -56,7 +56,7 @@ class SqliteStore:
     ) -> SqliteStore:
         """Open or make the store.
 
-        Errors: StoreLocked when another process has it; StoreError for a network file system, damage, a full disk.
+        Errors: StoreLocked when another process has it; StoreDamaged; StoreFull; StoreError for a network file system.
         """
         prepare_directory(directory, statfs)
         store = cls(directory, keep_revisions)
@@ -189,7 +189,7 @@ class SqliteStore:
                 except (AtollError, UnicodeError) as error:
                     done.append((order.future, error))
                 except sqlite3.Error as error:
-                    done.append((order.future, StoreError(f"cannot read {self._file.path}: {error}")))
+                    done.append((order.future, failure(f"cannot read {self._file.path}: {error}", error, self._file.path)))
         self._tell(done, self._file.revision != before)
         return more
 

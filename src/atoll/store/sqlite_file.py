@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from atoll.model.errors import AtollError, StoreError, Unreachable
+from atoll.model.errors import AtollError, StoreDamaged, StoreError, StoreFull, Unreachable
 from atoll.store.contract import Compacted, Entry, Event, Transaction
 from atoll.store.local import create_private
+from atoll.store.position import Position
 from atoll.store.rules import compare_failed
 from atoll.store.sqlite_batch import BAD_DATA, LOOK_UP, Batch
 
@@ -20,6 +21,8 @@ SCHEMA = 1
 TRIM_EVERY = 256
 #: How many keys' revisions are remembered.
 RECENT = 20_000
+#: Seconds to wait for another process that has the file locked.
+LOCKED = 10.0
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS obj (key TEXT PRIMARY KEY, rev INTEGER NOT NULL, body BLOB NOT NULL) WITHOUT ROWID;
@@ -43,33 +46,55 @@ class Database:
         self.commits = 0
         self._connection: sqlite3.Connection | None = None
         self._broken = ""
+        self._position = Position(path.with_name("position"))
         #: The revisions of keys that were written or compared lately; 0 = there is none. Saves looking them up.
         self._recent: dict[str, int] = {}
 
     # --- life ---
 
     def open(self) -> None:
-        """Connect, check the file's integrity, make the tables. Errors: StoreError."""
+        """Connect, check the file's integrity, make the tables. Errors: StoreDamaged; StoreError."""
         create_private(self.path)
+        noted = self._position.open()
         try:
+            if noted:
+                # Before anything is written: what is left is kept as it is.
+                self._refuse_older(noted)
             self._connect()
             bad = [row[0] for row in self._db.execute("PRAGMA quick_check(3)")]
             if bad != ["ok"]:
-                raise StoreError(f"{self.path} is damaged: {bad[0]}", hint="restore a backup: docs/howto/restore-the-master.md")
+                raise StoreDamaged(f"{self.path} is damaged: {bad[0]}")
             self._bring_up()
             self._read_meta()
+            self._position.note(self.revision)
         except sqlite3.DatabaseError as error:
             self.close()
-            raise StoreError(f"cannot open {self.path}: {error}", hint="restore a backup: docs/howto/restore-the-master.md") from None
+            raise failure(f"cannot open {self.path}: {error}", error, self.path) from None
         except StoreError:
             self.close()
             raise
+
+    def _refuse_older(self, noted: int) -> None:
+        """Errors: StoreDamaged when the database lacks commits up to ``noted``; sqlite3.Error."""
+        connection = _read_only(self.path)
+        try:
+            found = 0
+            if connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'meta'").fetchone():
+                found = connection.execute("SELECT value FROM meta WHERE key = 'rev'").fetchone()[0]
+        finally:
+            connection.close()
+        if found < noted:
+            raise StoreDamaged(
+                f"{self.path} lacks changes that were acknowledged: it ends with revision {found}, and revision {noted} was written at "
+                f"{self._position.when()}; its log, {self.path.name}-wal, was removed, cut off or damaged, or this is an old copy"
+            )
 
     def close(self) -> None:
         """Disconnect; the WAL is folded into the file."""
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
+        self._position.close()
 
     @property
     def _db(self) -> sqlite3.Connection:
@@ -78,7 +103,7 @@ class Database:
         return self._connection
 
     def _connect(self) -> None:
-        self._connection = sqlite3.connect(self.path, isolation_level=None, timeout=10)
+        self._connection = sqlite3.connect(self.path, isolation_level=None, timeout=LOCKED)
         mode = self._db.execute("PRAGMA journal_mode=WAL").fetchone()[0]
         if mode != "wal":
             raise StoreError(f"{self.path}: the file system does not allow a write-ahead log (journal mode {mode})")
@@ -152,7 +177,7 @@ class Database:
         except sqlite3.Error as error:
             self._forget(before)
             self._rollback()
-            return [StoreError(f"nothing was written to {self.path}: {error}", hint=_hint(error))] * len(transactions)
+            return [failure(f"nothing was written to {self.path}: {error}", error, self.path)] * len(transactions)
         try:
             self._db.execute("COMMIT")
             self.commits += 1
@@ -166,6 +191,8 @@ class Database:
         if len(self._recent) > RECENT:
             self._recent.clear()
         self._recent.update(seen)
+        if self.revision != before[0]:
+            self._position.note(self.revision)
         return answers
 
     def _forget(self, before: tuple[int, int]) -> None:
@@ -244,31 +271,55 @@ class Database:
         Folding the WAL into the file writes again what an fsync may have failed to write, so that what is read from here on is
         durable. If that fails too, nothing can be trusted: the store refuses everything until it is opened anew.
         """
+        known = self.revision
         try:
             self.close()
             self._connect()
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             self._read_meta()
+            if self.revision < known:
+                raise StoreDamaged(f"it ends with revision {self.revision}, and revision {known} was acknowledged")
+            self._position.open()
+            self._position.note(self.revision)
         except (sqlite3.Error, StoreError) as error:
             self._connection = None
+            self._position.close()
             self._broken = f"{self.path} failed and cannot be opened again: {error}"
+
+
+def _read_only(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, isolation_level=None, timeout=LOCKED)
+
+
+def _code(error: sqlite3.Error) -> int:
+    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
 
 
 def _commit_error(path: Path, error: sqlite3.Error) -> AtollError:
     # The commit mark is the last thing written to the WAL: with no room for it there is no commit. After any other error it may be there.
-    if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
-        return StoreError(f"nothing was written to {path}: {error}", hint=_hint(error))
+    if _code(error) == sqlite3.SQLITE_FULL:
+        return failure(f"nothing was written to {path}: {error}", error, path)
     return Unreachable(f"whether the change was written to {path} is not known: {error}", hint="look at the disk: dmesg, smartctl")
 
 
-def _hint(error: sqlite3.Error) -> str | None:
-    return "make room on the store's file system: df" if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL else None
+def failure(text: str, error: sqlite3.Error, path: Path) -> StoreError:
+    """What SQLite says, with what to do about it."""
+    code = _code(error)
+    if code == sqlite3.SQLITE_FULL:
+        return StoreFull(text, hint=f"make room: df {path.parent}")
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return StoreDamaged(text)
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return StoreError(text, hint=f"another program has it open; it is tried again. Which one: fuser -v {path}")
+    if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
+        return StoreError(text, hint=f"look at the disk: dmesg, smartctl, df -h -i {path.parent}")
+    return StoreError(text)
 
 
 def snapshot(source: Path) -> tuple[list[Entry], int]:
     """All entries and the revision of the database at ``source``, as of one moment. Writers are not held up. Errors: StoreError."""
     try:
-        connection = sqlite3.connect(f"file:{quote(str(source))}?mode=ro", uri=True, isolation_level=None, timeout=10)
+        connection = _read_only(source)
         try:
             connection.execute("BEGIN")
             revision = connection.execute("SELECT value FROM meta WHERE key = 'rev'").fetchone()[0]
