@@ -9,7 +9,7 @@ import resource
 import shutil
 import sqlite3
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from atoll.store.contract import Transaction
 from atoll.store.sqlite import SqliteStore
 
 PAGE = 4096
-#: ``make faults`` tries every place, ``make test`` one in six.
-EVERY = 1 if os.environ.get("ATOLL_FAULT_STEPS") else 6
+#: ``make faults`` tries every place, ``make test`` one in eight.
+EVERY = 1 if os.environ.get("ATOLL_FAULT_STEPS") else 8
 
 
 @pytest.fixture
@@ -47,6 +47,7 @@ class Run:
         self.sure: dict[str, bytes] = {}
         self.unknown: list[Transaction] = []
         self.errors: list[AtollError] = []
+        self.revision = 0
         self._random = random.Random(7)
 
     def _some(self, number: int) -> list[Transaction]:
@@ -68,6 +69,9 @@ class Run:
             answers = await asyncio.gather(*(self.store.transact(one) for one in wanted), return_exceptions=True)
             for one, answer in zip(wanted, answers, strict=True):
                 if isinstance(answer, int):
+                    # Nothing that was refused has taken a number.
+                    assert answer == self.revision + 1
+                    self.revision = answer
                     self.done(one)
                 else:
                     assert isinstance(answer, AtollError), answer
@@ -84,7 +88,10 @@ class Run:
 
     async def check(self, store: SqliteStore) -> None:
         """All that was acknowledged, nothing that was refused; what is unknown is there whole or not at all, in its order."""
-        found = {entry.key: entry.value for entry in (await store.list(""))[0]}
+        entries, revision = await store.list("")
+        assert self.revision <= revision <= self.revision + len(self.unknown)
+        self.revision = revision
+        found = {entry.key: entry.value for entry in entries}
         assert all(found.get("q" + key[1:]) == value for key, value in found.items() if key.startswith("p/"))
         possible = [dict(self.sure)]
         for one in self.unknown:
@@ -122,7 +129,7 @@ async def test_a_disk_that_is_full_at_every_write(small: Path, checkpoints: None
     for pages in range(0, 400, EVERY):
         store = await SqliteStore.open(small / "s")
         run = Run(store)
-        await store.transact(Transaction(put={"p/a": b"1", "q/a": b"1"}))
+        run.revision = await store.transact(Transaction(put={"p/a": b"1", "q/a": b"1"}))
         run.sure = {"p/a": b"1", "q/a": b"1"}
         filler = fill(small, pages)
         await run.go(60)
@@ -166,12 +173,12 @@ def largest_file(size: int) -> Iterator[None]:
 
 async def test_an_io_error_at_every_write(tmp_path: Path) -> None:
     ended = {"unknown": 0, "refused": 0, "broken": 0}
-    for size in range(33_000, 900_000, 1_777 * EVERY):
+    for size in range(33_000, 700_000, 1_777 * EVERY):
         place = tmp_path / "s"
         store = await SqliteStore.open(place)
         run = Run(store)
         with largest_file(size):
-            await run.go(20)
+            await run.go(6)
             ended["unknown"] += bool(run.unknown)
             ended["refused"] += any(isinstance(error, StoreError) for error in run.errors)
             if not run.errors:
@@ -199,17 +206,29 @@ async def test_an_io_error_at_every_write(tmp_path: Path) -> None:
 # --- damage ---
 
 
-@pytest.fixture
-async def crashed(tmp_path: Path) -> AsyncIterator[Path]:
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a store that was killed leaves behind: a file of many pages, and a log that has more than the file."""
-    store = await SqliteStore.open(tmp_path / "live")
-    await asyncio.gather(*(store.transact(Transaction(put={f"k/{n:04d}": os.urandom(900)})) for n in range(1500)))
-    await asyncio.to_thread(_checkpoint, tmp_path / "live" / "atoll.db")
-    for n in range(12):
-        await store.transact(Transaction(put={f"late/{n}": b"%d" % n}))
-    shutil.copytree(tmp_path / "live", tmp_path / "crashed")
-    (tmp_path / "crashed" / "atoll.db-shm").unlink()
-    await store.close()
+    place = tmp_path_factory.mktemp("killed")
+
+    async def live() -> None:
+        store = await SqliteStore.open(place / "live")
+        await asyncio.gather(*(store.transact(Transaction(put={f"k/{n:04d}": os.urandom(900)})) for n in range(1500)))
+        await asyncio.to_thread(_checkpoint, place / "live" / "atoll.db")
+        for n in range(12):
+            await store.transact(Transaction(put={f"late/{n}": b"%d" % n}))
+        shutil.copytree(place / "live", place / "left")
+        await store.close()
+
+    asyncio.run(live())
+    (place / "left" / "atoll.db-shm").unlink()
+    return place / "left"
+
+
+@pytest.fixture
+def crashed(killed: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be harmed."""
+    shutil.copytree(killed, tmp_path / "crashed")
     return tmp_path / "crashed"
 
 
