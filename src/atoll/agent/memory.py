@@ -7,10 +7,16 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from atoll.model.errors import StaleTerm
+import structlog
+
+from atoll.model.errors import HostError, StaleTerm
+
+log = structlog.get_logger()
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS number (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
@@ -18,17 +24,38 @@ CREATE TABLE IF NOT EXISTS word (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS refused (instance TEXT PRIMARY KEY, generation INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS step (job INTEGER, step TEXT, state TEXT NOT NULL, result TEXT, PRIMARY KEY (job, step));
 """
+#: Without its memory a node does not know what it has promised: it must not simply begin with an empty one.
+_FORGETFUL = "on that node, as docs/howto/node-returns.md says under: The agent's memory is damaged"
 
 
 def open_database(path: Path | str) -> sqlite3.Connection:
-    """Open or make the file (``:memory:`` for simulations)."""
-    if isinstance(path, Path):
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    database = sqlite3.connect(path, isolation_level=None)
-    database.execute("PRAGMA journal_mode=WAL")
-    database.execute("PRAGMA synchronous=FULL")
-    database.executescript(_SCHEMA)
+    """Open or make the file (``:memory:`` for simulations). Errors: HostError, also when it is damaged."""
+    try:
+        if isinstance(path, Path):
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        database = sqlite3.connect(path, isolation_level=None)
+        try:
+            database.execute("PRAGMA journal_mode=WAL")
+            database.execute("PRAGMA synchronous=FULL")
+            bad = [row[0] for row in database.execute("PRAGMA quick_check(1)")]
+            if bad != ["ok"]:
+                raise HostError(f"this node's memory {path} is damaged: {bad[0]}", hint=_FORGETFUL)
+            database.executescript(_SCHEMA)
+        except BaseException:
+            database.close()
+            raise
+    except OSError as error:
+        raise HostError(f"cannot make {path}: {error.strerror}") from None
+    except sqlite3.Error as error:
+        raise _trouble(f"this node's memory {path} cannot be opened", error) from None
     return database
+
+
+def _trouble(text: str, error: sqlite3.Error) -> HostError:
+    code = int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return HostError(f"{text}: {error}", hint=_FORGETFUL)
+    return HostError(f"{text}: {error}", hint="on that node: df -h /var/lib/atoll; make room, or look at the disk: dmesg")
 
 
 class Memory:
@@ -36,10 +63,10 @@ class Memory:
 
     def __init__(self, database: sqlite3.Connection) -> None:
         self._db = database
-        numbers = dict(database.execute("SELECT name, value FROM number").fetchall())
+        numbers = dict(self._do("SELECT name, value FROM number").fetchall())
         self._term: int = numbers.get("term", 0)
         self._oldest: int = numbers.get("oldest_job", 0)
-        self._master: str = dict(database.execute("SELECT name, value FROM word").fetchall()).get("master", "")
+        self._master: str = dict(self._do("SELECT name, value FROM word").fetchall()).get("master", "")
         self._written = self._oldest
 
     @property
@@ -62,10 +89,9 @@ class Memory:
         if term == self._term and master and self._master and master != self._master:
             raise StaleTerm(f"term {term} belongs to the master on {self._master}, not to the one on {master}")
         if term > self._term or (master and not self._master):
-            self._db.execute("BEGIN IMMEDIATE")
-            self._db.execute("INSERT OR REPLACE INTO number VALUES ('term', ?)", (term,))
-            self._db.execute("INSERT OR REPLACE INTO word VALUES ('master', ?)", (master,))
-            self._db.execute("COMMIT")
+            with self._writing():
+                self._db.execute("INSERT OR REPLACE INTO number VALUES ('term', ?)", (term,))
+                self._db.execute("INSERT OR REPLACE INTO word VALUES ('master', ?)", (master,))
             self._term, self._master = term, master
 
     def see_oldest_job(self, number: int) -> None:
@@ -77,52 +103,70 @@ class Memory:
 
     def refused(self, instance: str) -> int:
         """The highest generation of the instance that this node promised to refuse; 0 = none."""
-        row = self._db.execute("SELECT generation FROM refused WHERE instance = ?", (instance,)).fetchone()
+        row = self._do("SELECT generation FROM refused WHERE instance = ?", (instance,)).fetchone()
         return int(row[0]) if row else 0
 
     def all_refused(self) -> dict[str, int]:
         """Instance -> the highest generation that this node promised to refuse."""
-        return {row[0]: int(row[1]) for row in self._db.execute("SELECT instance, generation FROM refused")}
+        return {row[0]: int(row[1]) for row in self._do("SELECT instance, generation FROM refused")}
 
     def highest_job(self) -> int:
         """The highest job number that this node has heard of; 0 = none."""
-        row = self._db.execute("SELECT max(job) FROM step").fetchone()
+        row = self._do("SELECT max(job) FROM step").fetchone()
         return max(int(row[0] or 0), self._oldest)
 
     def refuse(self, instance: str, generation: int) -> None:
         """Promise to refuse this generation of the instance and all before it."""
         if generation > self.refused(instance):
-            self._db.execute("INSERT OR REPLACE INTO refused VALUES (?, ?)", (instance, generation))
+            self._do("INSERT OR REPLACE INTO refused VALUES (?, ?)", (instance, generation))
 
     def step(self, job: int, step: str) -> tuple[str, Any] | None:
         """(``running`` | ``done`` | ``undoing`` | ``undone``, result), or None if it is not known."""
-        row = self._db.execute("SELECT state, result FROM step WHERE job = ? AND step = ?", (job, step)).fetchone()
+        row = self._do("SELECT state, result FROM step WHERE job = ? AND step = ?", (job, step)).fetchone()
         return (row[0], json.loads(row[1]) if row[1] else None) if row else None
 
     def set_step(self, job: int, step: str, state: str, result: Any = None) -> None:
         """Remember how far a step is."""
-        self._db.execute("INSERT OR REPLACE INTO step VALUES (?, ?, ?, ?)", (job, step, state, json.dumps(result)))
+        self._do("INSERT OR REPLACE INTO step VALUES (?, ?, ?, ?)", (job, step, state, json.dumps(result)))
 
     def begin(self, job: int, step: str) -> None:
         """Remember that a step runs, and which jobs have ended, with one write to the disk."""
         if self._oldest == self._written:
             self.set_step(job, step, "running")
             return
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
+        with self._writing():
             self._db.execute("INSERT OR REPLACE INTO number VALUES ('oldest_job', ?)", (self._oldest,))
             self._db.execute("DELETE FROM step WHERE job < ?", (self._oldest,))
             self.set_step(job, step, "running")
-            self._db.execute("COMMIT")
-        except sqlite3.Error:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise
         self._written = self._oldest
 
     def drop_step(self, job: int, step: str) -> None:
-        """The step failed without effect: a repeat may try again."""
-        self._db.execute("DELETE FROM step WHERE job = ? AND step = ? AND state = 'running'", (job, step))
+        """The step failed without effect: a repeat may try again. One that stays known as running is tried again just so."""
+        try:
+            self._do("DELETE FROM step WHERE job = ? AND step = ? AND state = 'running'", (job, step))
+        except HostError as error:
+            log.warning("a step that failed stays in the memory", job=job, step=step, error=error.message)
+
+    def _do(self, statement: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
+        """Errors: HostError; nothing was written then, or nobody may count on it."""
+        try:
+            return self._db.execute(statement, values)
+        except sqlite3.Error as error:
+            raise _trouble("this node cannot remember", error) from None
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What is done inside is written as one. Errors: HostError."""
+        self._do("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._do("COMMIT")
+        except BaseException as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            if isinstance(error, sqlite3.Error):
+                raise _trouble("this node cannot remember", error) from None
+            raise
 
     def close(self) -> None:
         """Close the database."""

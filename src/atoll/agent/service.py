@@ -102,8 +102,11 @@ class Service:
 
     async def _carry_out(self, call: Call, handler: Handler, running: _Running) -> Any:
         name = (call.job, call.step)
-        self.memory.begin(*name)
+        begun = False
         try:
+            # Nothing is done that is not remembered. If that fails, a repeat must not join this attempt for ever.
+            self.memory.begin(*name)
+            begun = True
             await faults.point(f"agent:{call.method}:before")
             result = await handler(call.args, running.report)
             await faults.point(f"agent:{call.method}:after")
@@ -111,7 +114,7 @@ class Service:
             self._news()
             return result
         except AtollError:
-            if not self._stopped:
+            if begun and not self._stopped:
                 self.memory.drop_step(*name)
             raise
         finally:
