@@ -269,8 +269,14 @@ class MasterLeader:
             await asyncio.sleep(CLEAN_PERIOD)
             store = self._state.store
             ended = [job for job in store.all(Job) if job.state in (JobState.DONE, JobState.UNDONE)]
-            for job in ended[: max(0, len(ended) - KEEP_JOBS)]:
-                await self.engine.forget(job)
+            try:
+                for job in ended[: max(0, len(ended) - KEEP_JOBS)]:
+                    await self.engine.forget(job)
+            except NotLeader:
+                return
+            except AtollError as error:
+                # Such as a full disk: there is another turn.
+                log.warning("old jobs cannot be forgotten", error=error.message)
 
     def spaces(self) -> Mapping[tuple[str, str], Space]:
         """The newest known space of pools; see ``SpaceMonitor``."""

@@ -106,7 +106,8 @@ register(Operation("group.rename", Rename, _prepare_rename, _run_rename, role="a
 
 def _prepare_assign(state: State, target: str, request: AssignNodes) -> Prepared:
     group = state.store.find(Group, target)
-    nodes = [state.store.find(Node, name) for name in request.nodes]
+    # Somebody may be named twice, by name and by id.
+    nodes = list({node.id: node for node in (state.store.find(Node, name) for name in request.nodes)}.values())
     for node in nodes:
         for instance in state.store.all(Instance):
             if node.id in state.claim(instance.id).nodes and node.group != group.id:
