@@ -31,12 +31,14 @@ class Group:
     jobs: bool = True
 
 
-STORE = tuple(f"tests/unit/test_{name}.py" for name in ("store_sqlite", "restore", "worker"))
+STORE = tuple(f"tests/unit/test_{name}.py" for name in ("store_sqlite", "store_trouble", "store_full_master", "backup", "replica", "worker"))
+API = tuple(f"tests/unit/test_{name}.py" for name in ("rest_fuzz", "rest_roles", "rest_abuse", "httpserver"))
 PROCESSES = ("tests/faults/test_kill_steps.py", "tests/faults/test_masters.py")
 GROUPS = (
     Group("simulation", "every operation x step x fault, and random ones, in one process", ("tests/simulation",)),
     Group("conformance", "stores, drivers and hypervisors keep their contracts", ("tests/conformance",)),
-    Group("store", "kill -9, full disks, damage, restore", STORE),
+    Group("store", "kill -9, full and failing disks, damage, backups", STORE),
+    Group("api", "made-up requests, every credential, clients that mean ill", API),
     Group("processes", "real masters and agents, killed at each step", PROCESSES, False),
     Group("guests", "real guests: start, migrate, failover, power cuts", ("tests/faults",), False),
 )
@@ -93,6 +95,9 @@ def main() -> int:
     os.environ.setdefault("ATOLL_FAULT_STEPS", STEPS)
     known = {group.name: group for group in GROUPS}
     unknown = set(given.groups) - set(known)
+    missing = [path for group in GROUPS for path in group.paths if not (TOP / path).exists()]
+    if missing:
+        parser.error(f"these tests are gone: {', '.join(missing)}")
     if unknown:
         parser.error(f"there is no group {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     table: list[tuple[str, str, Outcome]] = []

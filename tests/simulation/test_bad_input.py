@@ -450,3 +450,18 @@ def test_the_same_request_from_many_at_once_is_one_job() -> None:
         await box.close()
 
     simulate(run)
+
+
+def test_a_node_that_is_named_twice_is_assigned_once() -> None:
+    """Found by requests that were made up: its job tried to write the node twice, and needed attention."""
+
+    async def story() -> None:
+        box = await Box.make(nodes=2)
+        await box.do("group.add", name="other")
+        result = await box.do("group.assign-nodes", "other", nodes=["node2", box.nodes["node2"], "node2"])
+        assert result["nodes"] == [box.nodes["node2"]]
+        await settle(box)
+        check(box)
+        await box.close()
+
+    simulate(story)

@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 from fastapi.routing import APIRoute
+from real_master import real_master
 from rest_fakes import FakeLeader, fake_leader, ident, served
 
 from atoll.api.rest.app import create_app
@@ -150,3 +151,35 @@ async def test_certificates_on_every_route(api: Served) -> None:
                         wrong.append((role, method, path, token, status, code))
     assert not wrong
     assert api.leader.asked == []
+
+
+def test_tokens_of_a_real_master_good_revoked_and_expired(tmp_path: Path) -> None:
+    """Tokens that a master has made, on every route; the last word on each is the master's own records and clock."""
+    wrong = []
+    with real_master(tmp_path, nodes=1) as master:
+        tokens: dict[str, str] = {}
+        for role in RANK:
+            for state in ("good", "revoked", "expired"):
+                body = {"name": f"{role}-{state}", "role": role, **({"days": 1} if state == "expired" else {})}
+                tokens[f"{role} {state}"] = master.json("POST", "/v1/tokens", body)["token"]
+            assert master.ask("DELETE", f"/v1/tokens/{role}-revoked")[0] == 200
+        master.box.clock.offset += 2 * 86400
+        tokens["none unknown"] = "nobody-made-this"
+        for (method, path), needs in sorted(needed().items()):
+            if needs in ("anybody", "agent"):
+                continue
+            for label, token in tokens.items():
+                role, state = label.split()
+                address = path.replace("{target}", "web1") + ("?dry_run=true" if method in ("POST", "DELETE") else "")
+                status, _, answer = master.ask(method, address, {} if method == "POST" else None, {"Authorization": f"Bearer {token}"})
+                if state != "good":
+                    good = status == 401
+                elif RANK[role] < RANK[needs]:
+                    good = status == 403
+                else:
+                    good = status not in (401, 403) and status < 500
+                if not good:
+                    wrong.append((method, path, needs, label, status, answer[:200]))
+        assert not wrong
+        # Nobody's token has done anything but what was dry.
+        assert master.json("GET", "/v1/jobs")["items"] == []

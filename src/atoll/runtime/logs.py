@@ -17,6 +17,19 @@ def _no_secrets(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapp
     return clean
 
 
+class _Patient(structlog.PrintLogger):
+    """Prints. A log that cannot be written, such as to a full disk, must not stop who writes it."""
+
+    def msg(self, message: str) -> None:
+        """Print a line, or nothing."""
+        try:
+            super().msg(message)
+        except OSError:
+            return
+
+    log = debug = info = warn = warning = fatal = failure = err = error = critical = exception = msg
+
+
 def configure(level: str = "info") -> None:
     """Set up logging of this process."""
     terminal = sys.stderr.isatty()
@@ -31,5 +44,5 @@ def configure(level: str = "info") -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=lambda *_: _Patient(sys.stderr),
     )
