@@ -33,19 +33,25 @@ def lab() -> None:
 def image(path: str, cloud_init: bool) -> None:
     """Make a disk with Debian that boots by itself, from Debian's packages: for instance add --image PATH.
 
-    The first time takes a minute or two; needs root, mmdebstrap and extlinux.
+    The first time takes a minute or two; needs root, mmdebstrap and extlinux. Nodes of a lab see the files of this machine, but not those
+    in /tmp, /var/tmp, /srv, /run and /var/lib/atoll, of which each node has its own.
     """
     import subprocess
+    from pathlib import Path
 
     from atoll.lab import debian
     from atoll.model.errors import HostError
 
     click.echo("Making a disk from Debian's packages; it is kept for the next time")
     made = debian.build(cloud_init=cloud_init)
+    path = os.path.abspath(path)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(["cp", "--sparse=always", "--", made, path], capture_output=True, text=True, timeout=600, check=False)
     if done.returncode:
         raise HostError(done.stderr.strip())
-    click.echo(f"{path} is ready: atoll instance add web1 -t POOL --image {path} -B maxmem=512M --cloud-init")
+    # On a machine that is no node itself, it is for those of a lab.
+    where = path if Path("/etc/atoll/atoll.toml").exists() else f"node1:{path}"
+    click.echo(f"{path} is ready: atoll instance add web1 -t POOL --image {where} -B maxmem=512M{' --cloud-init' if cloud_init else ''}")
 
 
 @lab.command()
