@@ -31,7 +31,8 @@ class Group:
     jobs: bool = True
 
 
-STORE = tuple(f"tests/unit/test_{name}.py" for name in ("store_sqlite", "store_trouble", "store_full_master", "backup", "replica", "worker"))
+_STORE = ("store_sqlite", "store_trouble", "store_full_master", "backup", "replica", "worker", "logs")
+STORE = tuple(f"tests/unit/test_{name}.py" for name in _STORE)
 API = tuple(f"tests/unit/test_{name}.py" for name in ("rest_fuzz", "rest_roles", "rest_abuse", "httpserver"))
 PROCESSES = ("tests/faults/test_kill_steps.py", "tests/faults/test_masters.py")
 GROUPS = (

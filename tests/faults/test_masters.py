@@ -9,9 +9,12 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from kill_support import KillLab
+
+from atoll.runtime.config import load
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.xdist_group("masters")]
 MIB = 1 << 20
@@ -73,3 +76,33 @@ def test_daemons_may_die_or_hang_and_the_guest_goes_on(cluster: KillLab, node: s
     cluster.settled()
     acknowledged_more(cluster, row["id"])
     cluster.nothing_lost(row["id"], cluster.get("/v1/instances/web")["disks"][0]["volume"])
+
+
+def test_a_log_that_was_cut_off_is_refused_and_what_is_left_can_be_restored(cluster: KillLab) -> None:
+    """As docs/howto/restore-the-master.md says it."""
+    node = cluster.lab.node("node1")
+    web = cluster.get("/v1/instances/web")
+    guest = cluster.guests(web["id"])
+    assert cluster.end_of(cluster.submit("POST", "/v1/volumes", str(uuid.uuid4()), name="last", pool="shared", size=MIB))["state"] == "done"
+    store = load(Path(node.config_path)).store_dir
+    pid = node.service_pid("master")
+    assert pid
+    # It has no time to fold the log into the database.
+    os.kill(pid, signal.SIGSTOP)
+    os.truncate(store / "atoll.db-wal", 0)
+    os.kill(pid, signal.SIGKILL)
+    node.stop_service("master")
+    environment = {**os.environ, "ATOLL_CONFIG": node.config_path}
+    command = [sys.executable, "-m", "atoll.master.daemon", "--config", node.config_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 9, done
+    assert "lacks changes that were acknowledged" in done.stderr
+    assert "docs/howto/restore-the-master.md" in done.stderr
+    restore = [sys.executable, "-m", "atoll.cli.main", "cluster", "restore", str(store / "atoll.db"), "-f"]
+    done = subprocess.run(restore, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done
+    node.start_service("master")
+    cluster.wait_alive()
+    acknowledged_more(cluster, web["id"])
+    assert cluster.guests(web["id"]) == guest
+    cluster.nothing_lost(web["id"], web["disks"][0]["volume"])

@@ -183,10 +183,9 @@ async def test_an_io_error_at_every_write(tmp_path: Path) -> None:
             ended["refused"] += any(isinstance(error, StoreError) for error in run.errors)
             if not run.errors:
                 break
-            try:
-                await store.get("p/1")
-            except StoreError as error:
-                assert "cannot be opened again" in error.message
+            answer = await asyncio.gather(store.get("p/1"), return_exceptions=True)
+            if isinstance(answer[0], StoreError):
+                assert "cannot be opened again" in answer[0].message
                 ended["broken"] += 1
         await store.close()
         store = await SqliteStore.open(place)

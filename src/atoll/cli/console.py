@@ -34,9 +34,8 @@ def console(name: str) -> None:
         if row["state"] not in ("running", "paused", "migrating", "hung"):
             raise WrongState(f"{row['name']} is {row['state']}: it has no console", hint=f"atoll instance start {row['name']}")
         node = row["node"]
-        raise NodeUnavailable(
-            f"{row['name']} runs on {node}; its console is there", hint=f"ssh -t {node} atoll instance console {row['name']}"
-        )
+        there = f"atoll lab exec {node} --" if "/atoll-lab/" in os.environ.get("ATOLL_SOCKET", "") else f"ssh -t {node}"
+        raise NodeUnavailable(f"{row['name']} runs on {node}; its console is there", hint=f"{there} atoll instance console {row['name']}")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         try:
             sock.connect(str(path))
