@@ -19,7 +19,7 @@ from real_master import Served, real_master
 
 LONG = bool(os.environ.get("ATOLL_FAULT_STEPS"))
 #: Requests to each address: right ones, and wrong ones.
-COUNT = {"positive": 60, "negative": 30} if LONG else {"positive": 5, "negative": 3}
+COUNT = {"positive": 60, "negative": 30} if LONG else {"positive": 4, "negative": 2}
 #: Fields of bodies that name something.
 NAMES = {
     "node": "nodes",
