@@ -218,7 +218,9 @@ async def _run_welcome(job: JobContext, request: dict[str, Any]) -> Any:
         name = ref["name"]
         try:
             local = job.state.driver(job.state.store.require(Pool, ref["id"])).node_local
-            await job.call(f"prepare/{name}", request["id"], "pool.prepare", {"ref": ref, "create": local})
+            status = await job.call(f"prepare/{name}", request["id"], "pool.prepare", {"ref": ref, "create": local})
+            if not status["ok"]:
+                problems[name] = status["reason"]
         except AtollError as error:
             problems[name] = error.message
 
