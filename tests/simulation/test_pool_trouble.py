@@ -35,7 +35,7 @@ def test_a_pool_that_guests_may_not_enter_is_refused() -> None:
     async def story() -> None:
         box = await Box.make()
         box.disks.unfit["node2"] = "guests run as user atoll-guest, which may not enter /box/shared"
-        with pytest.raises(PoolUnavailable, match="on node2: .* may not enter") as refused:
+        with pytest.raises(PoolUnavailable, match=r"on node2: .* may not enter") as refused:
             await box.add_pool()
         assert refused.value.hint == "on node2: chmod a+x /box"
         assert not box.master.state.store.all(Pool)

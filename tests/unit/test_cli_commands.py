@@ -92,6 +92,7 @@ CASES: list[tuple[str, Sent]] = [
     ("atoll node failover node1 --node-is-dead", ("node.failover", "node1", {"node_is_dead": True})),
     ("atoll node evacuate node1", ("node.evacuate", "node1", {})),
     ("atoll node declare-dead node1 -f", ("node.declare-dead", "node1", {})),
+    ("atoll node declare-dead node1 -f --disks-are-lost", ("node.declare-dead", "node1", {"disks_are_lost": True})),
     ("atoll node renew node1", ("node.renew", "node1", {})),
     ("atoll cluster renew-certificates", ("cluster.renew-certificates", "", {})),
     ("atoll cluster rotate-ca --leave-behind", ("cluster.rotate-ca", "", {"leave_behind": True})),

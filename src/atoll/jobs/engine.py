@@ -352,7 +352,7 @@ class Engine:
             attempt += 1
             if attempt > 5 or loop.time() + pause >= end:
                 again = f"atoll job resume {job.number}"
-                await self._attend(job, f"past its commit, and {error.message}", (again,))
+                await self._attend(job, f"past its commit, and {error.message}", (again, *error.details.get("commands", ())))
                 return
             log.warning("committed job tries again", job=job.number, error=error.message, pause=pause)
             await asyncio.sleep(pause)

@@ -130,7 +130,12 @@ class NodeMove(Request):
 
 
 class NodeDeclareDead(Request):
-    """A human's word that the node is off, for this moment. Refused for a node that answers."""
+    """A human's word that the node is off, for this moment. Refused for a node that answers.
+
+    ``disks_are_lost``: what was on its own disks will not come back, so that jobs may forget it.
+    """
+
+    disks_are_lost: bool = False
 
 
 # --- pools ---

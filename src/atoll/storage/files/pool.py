@@ -48,7 +48,7 @@ class FilePool:
         path = self.directory.path
         if lies_in(path, OPEN_DIRECTORY) or lies_in(os.path.realpath(path), os.path.realpath(OPEN_DIRECTORY)):
             raise InvalidInput(
-                f"{path} lies in {OPEN_DIRECTORY}, where operators may take images from: they could read every disk of pool {self.ref.name}",
+                f"{path} lies in {OPEN_DIRECTORY}, where operators may take images from: they could read the disks of pool {self.ref.name}",
                 hint="choose another directory, such as /srv/images",
             )
 
