@@ -295,7 +295,7 @@ class Older:
 
 async def with_old_agent(box: Box, name: str, protocol: int) -> None:
     box.protocols[name] = protocol
-    box.transport.agents[box.nodes[name]] = Older(box.agents[name].service, protocol, ("node.look", "node.logs"))
+    box.transport.agents[box.nodes[name]] = Older(box.agents[name].service, protocol, ("node.look", "node.logs", "node.remains"))
     box.master.agents.forget(box.nodes[name])
     await box.settle_reports()
 

@@ -27,6 +27,8 @@ OTHERS: dict[tuple[str, str], str] = {
     ("GET", "/v1/cluster"): "reader",
     ("GET", "/v1/cluster/verify"): "reader",
     ("GET", "/v1/cluster/audit"): "admin",
+    ("GET", "/v1/cluster/doctor"): "operator",
+    ("GET", "/v1/nodes/{target}/logs"): "admin",
     ("GET", "/v1/events"): "reader",
     ("GET", "/metrics"): "reader",
     **{("GET", f"/v1/{noun}s"): "reader" for noun in KINDS},
@@ -40,6 +42,7 @@ OTHERS: dict[tuple[str, str], str] = {
     ("DELETE", "/v1/tokens/{target}"): "admin",
     ("POST", "/agent/v1/join"): "anybody",
     ("POST", "/agent/v1/report"): "agent",
+    ("GET", "/agent/v1/facts"): "agent",
     ("GET", "/v1/openapi.json"): "anybody",
     ("HEAD", "/v1/openapi.json"): "anybody",
 }

@@ -15,6 +15,7 @@ from atoll.jobs.engine import Engine
 from atoll.master.admission import Admission
 from atoll.master.announce import Announcer
 from atoll.master.health import HealthMonitor
+from atoll.master.inspect import Inspector
 from atoll.master.keeper import CertificateKeeper
 from atoll.master.reconcile import Reconciler
 from atoll.master.shipping import Run, Shipper
@@ -75,6 +76,7 @@ class MasterLeader:
         self.events = Hub(store, self.engine.progress)
         self.engine.on_progress = self.events.progress
         self._verifier = Verifier(self._state, self.agents, self.engine)
+        self._inspector = Inspector(self._state, self.agents)
         self._tasks: list[asyncio.Task[None]] = []
         self._ready, self._all_heard = asyncio.Event(), asyncio.Event()
         self._readmitted: dict[str, float] = {}
@@ -194,6 +196,18 @@ class MasterLeader:
         """See ``api.leader.Leader``."""
         found = [*await self._verifier.look(), *(finding for more in self.more_findings for finding in more())]
         return sorted(found, key=lambda finding: SEVERITIES.get(finding.severity, 3))
+
+    def facts(self, node: str) -> dict[str, Any]:
+        """See ``api.leader.Leader``."""
+        return self._inspector.facts(node)
+
+    async def doctor(self) -> list[dict[str, Any]]:
+        """See ``api.leader.Leader``."""
+        return await self._inspector.look()
+
+    async def logs(self, node: str) -> dict[str, str]:
+        """See ``api.leader.Leader``."""
+        return await self._inspector.logs(node)
 
     # --- nodes ---
 
