@@ -184,7 +184,6 @@ def _secret(config: Config) -> Iterator[Path]:
     for place in (config.store_dir, config.replica_dir):
         if place.is_dir():
             yield from (p for p in place.iterdir() if p.is_file())
-    yield config.state_dir / "agent.db"
     if config.log_dir.is_dir():
         yield from config.log_dir.glob("audit.jsonl*")
 

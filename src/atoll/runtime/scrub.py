@@ -23,15 +23,17 @@ _PATTERNS = (
     (re.compile(r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----.*?(?:-----END [A-Z0-9 ]*PRIVATE KEY-----|\Z)", re.DOTALL), HIDDEN),
     (re.compile(r"atoll1:[A-Za-z0-9_:=-]+"), HIDDEN),
     (re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}"), rf"\1 {HIDDEN}"),
-    # name=value, name: value, "name": "value", --name value; the name may have more before it.
+    # name=value, name: value, "name": "value", --name value.
     (
-        re.compile(rf"""(?ix) ( (?:[a-z0-9]+[_-])* (?:{_NAMES}) \\?["']? (?: \s*[:=]\s* | (?<=["'])\s+ ) ) (\\?["']) (.*?) \2"""),
+        re.compile(rf"""(?ix) ( (?:{_NAMES}) \\?["']? (?: \s*[:=]\s* | (?<=["'])\s+ ) ) (\\?["']) (.*?) \2"""),
         rf"\1\2{HIDDEN}\2",
     ),
     (re.compile(rf"(?i)((?:\b|--|_)(?:{_NAMES})(?:\s*[:=]\s*|\s+(?=\S*\d)))(?![\"'\\*])[^\s,;&\"'\\]+"), rf"\1{HIDDEN}"),
     (re.compile(r"(://[^/\s:@]*):[^/\s@]+@"), rf"\1:{HIDDEN}@"),
     # Hashes of passwords, as in /etc/shadow and in user data.
     (re.compile(r"\$(?:1|2[aby]?|5|6|7|y|gy)\$[A-Za-z0-9./$=,]{8,}"), HIDDEN),
+    # Longer than any digest that is shown.
+    (re.compile(r"(?<![0-9A-Za-z])[0-9a-fA-F]{66,}(?![0-9A-Za-z])"), HIDDEN),
     # What was made at random: long, of capitals, small letters and digits. Hexadecimal digests and ids are not.
     (
         re.compile(
@@ -48,13 +50,13 @@ class Scrubber:
     def __init__(self, known: Iterable[str] = ()) -> None:
         forms = {form for secret in known if len(secret) >= SHORTEST for form in _forms(secret)}
         # The longest first: one may be a part of another.
-        ordered = sorted(forms, key=lambda form: (-len(form), form))
-        self._known = re.compile("|".join(re.escape(form) for form in ordered)) if ordered else None
+        self._known = sorted(forms, key=lambda form: (-len(form), form))
 
     def text(self, text: str) -> str:
         """A text without them."""
-        if self._known is not None:
-            text = self._known.sub(HIDDEN, text)
+        # One search for each is far quicker than one expression of all.
+        for form in self._known:
+            text = text.replace(form, HIDDEN)
         for pattern, instead in _PATTERNS:
             text = pattern.sub(instead, text)
         return text
