@@ -37,7 +37,8 @@ def cluster() -> Iterator[KillLab]:
 def typed(cluster: KillLab, node: str, *words: str, **more: Any) -> subprocess.CompletedProcess[str]:
     """A command on a node."""
     place = cluster.lab.node(node)
-    environment = {**os.environ, "ATOLL_CONFIG": str(place.config_path), "ATOLL_SOCKET": str(cluster.lab.node("node1").run_dir / "api.sock")}
+    sock = cluster.lab.node("node1").run_dir / "api.sock"
+    environment = {**os.environ, "ATOLL_CONFIG": str(place.config_path), "ATOLL_SOCKET": str(sock)}
     return subprocess.run([*ATOLL, *words], capture_output=True, text=True, timeout=120, env=environment, check=False, **more)
 
 
@@ -129,7 +130,8 @@ def planted(cluster: KillLab) -> dict[str, str]:
             f'request: {{\\"password\\": \\"{PASSWORD}\\"}}',
             f"Authorization: Bearer {tokens['backup']}",
             f"curl https://admin:{quote(PASSWORD, safe='')}@node1/ --token {tokens['ci']}",
-            f"join with {made['token']} and then base64 {base64.b64encode(tokens['ci'].encode()).decode()}, hex {tokens['ci'].encode().hex()}",
+            f"join with {made['token']}, or base64 {base64.b64encode(tokens['ci'].encode()).decode()}",
+            f"hex {tokens['ci'].encode().hex()}",
             next(etc(cluster, node).rglob("key.pem")).read_text(),
             known,
         ]

@@ -28,6 +28,10 @@ class SharedDisks:
         self.taken: dict[str, int] = {}
         #: Pools (ids) whose storage is not there.
         self.lost: set[str] = set()
+        #: Node (name) -> the type of the file system that the pools' marks there tell.
+        self.marked_on: dict[str, str] = {}
+        #: Node (name) -> what was left behind there, as an agent tells it.
+        self.remains: dict[str, dict[str, Any]] = {}
         #: Node (name) and pool (id) -> the type of the file system there.
         self.fstypes: dict[tuple[str, str], str] = {}
         #: Node (name) -> why guests cannot use any pool there, though the agent can.
@@ -96,6 +100,8 @@ class BoxStorage:
         if why := self._disks.unfit.get(self._node):
             return {"ok": False, "reason": why, "hint": "chmod a+x /box"}
         details = {"mount": "/box", "file system": self._disks.fstypes.get((self._node, ref.id), "box")}
+        if then := self._disks.marked_on.get(self._node):
+            details["marked on"] = then
         return {"ok": True, "details": details}
 
     def _mark(self, ref: PoolRef, expected: list[str]) -> None:
@@ -220,6 +226,7 @@ class BoxStorage:
     def copy_handlers(self) -> dict[str, Handler]:
         """Method -> handler."""
         return {
+            "node.remains": self._remains,
             "copy.serve": self._serve,
             "copy.unserve": self._unserve,
             "copy.push": self._push,
@@ -249,6 +256,9 @@ class BoxStorage:
             raise HostError(f"the copy failed: {args['server']} does not serve {args['volume']} to {self._node}")
         self._disks.copy(args["volume"], self._node, args["server"])
         await self._point("push", "after")
+
+    async def _remains(self, args: dict[str, Any], report: Report) -> Any:
+        return self._disks.remains.get(self._node, {})
 
     async def _nothing(self, args: dict[str, Any], report: Report) -> Any:
         return None

@@ -21,6 +21,7 @@ from atoll.master.reconcile import Reconciler
 from atoll.master.shipping import Run, Shipper
 from atoll.master.spaces import SpaceMonitor
 from atoll.master.verify import SEVERITIES, Verifier
+from atoll.master.verify_room import room
 from atoll.model.errors import AtollError, NodeAnswers, NotLeader
 from atoll.model.messages import NodeReport, Progress, Space
 from atoll.model.objects import DeathProof, Hold, Job, JobState, Node, Pool, Stored, Volume
@@ -71,7 +72,7 @@ class MasterLeader:
         self._state.signer = admission.authority if admission else None
         self.keeper = CertificateKeeper(self._state, self.submit_internal, self.engine.busy)
         #: What else ``verify`` tells of.
-        self.more_findings: list[Callable[[], list[Finding]]] = [self.keeper.findings]
+        self.more_findings: list[Callable[[], list[Finding]]] = [self.keeper.findings, lambda: room(self._state, self._spaces.known())]
         self._spaces = SpaceMonitor(self._state, self.agents)
         self.events = Hub(store, self.engine.progress)
         self.engine.on_progress = self.events.progress

@@ -12,7 +12,7 @@ from atoll.model.errors import AtollError, InvalidInput, NotSupported, PoolUnava
 from atoll.model.messages import Connection, PoolRef, PoolStatus, Space, VolumeStat, Writer
 from atoll.model.places import OPEN_DIRECTORY, lies_in
 from atoll.storage.contract import VolumeSpec
-from atoll.storage.files import images, locks, making, options
+from atoll.storage.files import images, locks, making, marker, options
 from atoll.storage.files.directory import Directory
 from atoll.storage.files.mountinfo import mount_of
 
@@ -75,6 +75,8 @@ class FilePool:
             with self.directory.open() as fd:
                 mount = mount_of(fd)
                 details = {"mount": mount.point, "file system": mount.fstype}
+                if (mark := marker.read(fd)) and mark.get("fstype"):
+                    details["marked on"] = str(mark["fstype"])
                 if os.fstatvfs(fd).f_flag & os.ST_RDONLY:
                     return PoolStatus(ok=False, reason=f"{self.directory.path} is mounted read-only", details=details)
             if self._owner and not making.may_enter(self.directory.path, self._owner):
