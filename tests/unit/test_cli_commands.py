@@ -344,7 +344,7 @@ async def test_help_of_every_command_says_what_it_does() -> None:
     walk(atoll, ["atoll"])
     for name, make in ganeti.PROGRAMS.items():
         walk(make(), [f"gnt-{name}"])
-    assert set(GROUPS) == {"cluster", "node", "group", "pool", "volume", "instance", "job", "lab", "completion"}
+    assert set(GROUPS) == {"cluster", "node", "group", "pool", "volume", "instance", "job", "doctor", "lab", "completion"}
 
 
 async def test_a_seed_is_read_from_files_and_stdin(cli: Cli, tmp_path: Path) -> None:
