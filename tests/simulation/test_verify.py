@@ -238,3 +238,32 @@ def test_a_node_that_is_not_ready() -> None:
         await box.close()
 
     simulate(story)
+
+
+def test_every_node_looks_at_itself_and_nodes_are_compared() -> None:
+    async def story() -> None:
+        box = await quiet()
+        pool = box.master.state.store.find(Pool, "shared")
+        facts = box.master.facts(box.nodes["node2"])
+        assert (facts["node"], [ref["id"] for ref in facts["pools"]], len(facts["peers"])) == ("node2", [pool.id], 3)
+
+        def answer(kind: str) -> Any:
+            async def look(args: dict[str, Any], report: Any) -> dict[str, Any]:
+                found = [{"level": "ok", "about": "kernel", "what": "6.1", "why": "", "commands": []}]
+                return {"findings": found, "pools": {pool.id: {"mount": "/box", "file system": kind}}}
+
+            return look
+
+        async def logs(args: dict[str, Any], report: Any) -> dict[str, str]:
+            return {"agent.log": "x"}
+
+        for name, kind in (("node1", "nfs4"), ("node2", "ext4")):
+            box.agents[name].service._handlers["node.look"] = answer(kind)
+        box.agents["node1"].service._handlers["node.logs"] = logs
+        await box.crash_agent("node3")
+        found = [(f["node"], f["level"], f["about"]) for f in await box.master.doctor()]
+        assert found == [("all", "error", "pool shared"), ("node3", "error", "agent"), ("node1", "ok", "kernel"), ("node2", "ok", "kernel")]
+        assert await box.master.logs(box.nodes["node1"]) == {"agent.log": "x"}
+        await box.close()
+
+    simulate(story)
