@@ -7,6 +7,7 @@ import io
 import json
 import os
 import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,6 +90,21 @@ def test_every_node_is_asked_and_one_that_is_silent_is_named(cluster: KillLab) -
     finally:
         node.start_service("agent")
         cluster.wait_alive()
+
+
+def test_a_process_that_was_left_behind_is_found_by_verify(cluster: KillLab) -> None:
+    run_dir = load(cluster.lab.node("node2").config_path).run_dir
+    words = ["qemu-nbd", "-c", "import time; print(flush=True); time.sleep(300)", f"--pid-file={run_dir}/copies/vol-1/nbd.pid"]
+    assert cluster.get("/v1/cluster/verify")["findings"] == []
+    with subprocess.Popen(words, executable=sys.executable, stdout=subprocess.PIPE) as left:
+        try:
+            assert left.stdout is not None
+            left.stdout.readline()
+            (finding,) = cluster.get("/v1/cluster/verify")["findings"]
+            assert (finding["what"], finding["commands"]) == ("an export was left behind", [f"on node2: kill {left.pid}"])
+        finally:
+            left.kill()
+    assert cluster.get("/v1/cluster/verify")["findings"] == []
 
 
 def forms(secret: str) -> set[bytes]:

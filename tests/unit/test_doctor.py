@@ -22,7 +22,7 @@ from atoll import __version__
 from atoll.cli.main import atoll
 from atoll.model.errors import AtollError
 from atoll.model.messages import PROTOCOL, PoolRef
-from atoll.monitor import disks, doctor, host, links, remains
+from atoll.monitor import disks, doctor, host, links, remains, residue
 from atoll.monitor.checks import Check
 from atoll.runtime import certs, systemd
 from atoll.runtime.config import Config, dump
@@ -180,7 +180,7 @@ def test_processes_that_were_left_behind(tmp_path: Path) -> None:
         process("python3", *orphan) as worker,
         process("python3", *mine),
     ):
-        found = remains.found(run)
+        found = residue.found(run)
         assert found["exports"] == {"vol-1": export}
         assert found["watchdogs"] == {"i-1": watchdog}
         assert [(w["pid"], w["key"]) for w in found["workers"]] == [(worker, "pool-a")]
@@ -192,7 +192,7 @@ def test_processes_that_were_left_behind(tmp_path: Path) -> None:
 
 
 def test_a_loop_device_on_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remains, "loops", lambda: {"loop3": "/srv/images/a.raw (deleted)", "loop4": "/srv/images-of-others/b"})
+    monkeypatch.setattr(residue, "loops", lambda: {"loop3": "/srv/images/a.raw (deleted)", "loop4": "/srv/images-of-others/b"})
     checks = remains.leftovers(config(tmp_path), [{"options": {"path": "/srv/images"}}])
     assert [(check.about, check.commands) for check in checks] == [("loop device loop3", ("losetup -d /dev/loop3",))]
 

@@ -31,10 +31,10 @@ class LookOrders:
         return await doctor.examine(self._config, self._path, storage=self._storage)
 
     async def remains(self, args: dict[str, Any], report: Report) -> Any:
-        """See ``remains.found``."""
-        worker = Worker("remains", "atoll.monitor.calls", lanes=1)
+        """See ``residue.found``."""
+        worker = Worker("remains", "atoll.monitor.residue", lanes=1)
         try:
-            return await worker.call("remaining", _QUICK, config=self._config.model_dump(mode="json"))
+            return await worker.call("remaining", _QUICK, run_dir=str(self._config.run_dir))
         finally:
             await worker.close()
 

@@ -49,11 +49,6 @@ def units(config: dict[str, Any], path: str, bin_dir: str) -> list[dict[str, Any
     return _json(remains.units(Config(**config), path, bin_dir))
 
 
-def remaining(config: dict[str, Any]) -> dict[str, Any]:
-    """See ``remains.found``."""
-    return remains.found(Config(**config).run_dir)
-
-
 FUNCTIONS = {
     "machine": machine,
     "guests": guests,
@@ -62,5 +57,4 @@ FUNCTIONS = {
     "network": network,
     "leftovers": leftovers,
     "units": units,
-    "remaining": remaining,
 }

@@ -52,7 +52,9 @@ def look(config: Config, master: str = "") -> Network:
     urls = [master] if master else list(read_masters(config.state_dir) or config.masters)
     if not urls:
         what = "this machine belongs to no cluster yet" if not joined else "no master is configured"
-        found.checks.append(warning("master", what, "nothing beyond this machine was looked at", "atoll doctor --master https://MASTER:7770"))
+        found.checks.append(
+            warning("master", what, "nothing beyond this machine was looked at", "atoll doctor --master https://MASTER:7770")
+        )
     for url in urls:
         _master(url, config, joined, found)
     found.checks += _peers(config, found.facts.get("peers", []))
@@ -243,5 +245,3 @@ def _way(peer: dict[str, Any]) -> tuple[str, int]:
             return "", connection.getsockopt(socket.IPPROTO_IP, _IP_MTU) if v4 else 0
     except OSError as failed:
         return str(failed) or type(failed).__name__, 0
-
-
