@@ -137,7 +137,15 @@ def test_a_directory_that_guests_may_not_enter_is_not_usable(place: Place, monke
     found = registry.pool(place.ref).check()
     assert not found.ok
     assert f"user nobody, which may not enter {place.directory}" in found.reason
+    assert found.hint == f"chmod a+x {place.directory}"
     assert (os.geteuid(), os.getegid()) == (0, 0)
+    # A preparation says so, too: pool add refuses it then.
+    assert registry.pool(place.ref).prepare(create=False).reason == found.reason
+    above = place.directory.parent
+    mode = above.stat().st_mode
+    above.chmod(0o700)
+    assert registry.pool(place.ref).check().hint == f"chmod a+x {above}"
+    above.chmod(mode)
     place.directory.chmod(0o711)
     assert registry.pool(place.ref).check().ok
 

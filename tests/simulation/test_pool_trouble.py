@@ -31,6 +31,38 @@ def test_a_pool_that_is_not_mounted_is_refused_and_nothing_is_held() -> None:
     simulate(story)
 
 
+def test_a_pool_that_guests_may_not_enter_is_refused() -> None:
+    async def story() -> None:
+        box = await Box.make()
+        box.disks.unfit["node2"] = "guests run as user atoll-guest, which may not enter /box/shared"
+        with pytest.raises(PoolUnavailable, match=r"on node2: .* may not enter") as refused:
+            await box.add_pool()
+        assert refused.value.hint == "on node2: chmod a+x /box"
+        assert not box.master.state.store.all(Pool)
+        assert not box.disks.marks
+        box.disks.unfit.clear()
+        await box.add_pool()
+        await box.close()
+
+    simulate(story)
+
+
+def test_a_group_whose_guests_may_not_enter_a_pool_is_not_connected() -> None:
+    async def story() -> None:
+        box = await Box.make()
+        await box.do("group.add", name="other")
+        await box.do("pool.add", name="shared", driver="sharedfile", options={"path": "/box/shared", "mount": "none"}, groups=["other"])
+        box.disks.unfit["node3"] = "may not enter"
+        # The storage has its mark: a node of the other group has made it.
+        box.disks.marks[box.master.state.store.find(Pool, "shared").id] = "made"
+        with pytest.raises(PoolUnavailable, match="on node3"):
+            await box.do("pool.connect", "shared", group="default")
+        assert len(box.master.state.store.find(Pool, "shared").groups) == 1
+        await box.close()
+
+    simulate(story)
+
+
 def test_of_two_starts_one_is_told_that_it_runs() -> None:
     async def story() -> None:
         box = await Box.make()

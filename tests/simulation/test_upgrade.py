@@ -17,7 +17,7 @@ from simsupport import Striker, background, bounce_master, check, finish, runnin
 from atoll.agent import service
 from atoll.agent.memory import Memory
 from atoll.lab.box import Box, simulate
-from atoll.model.errors import NodeUnavailable, StoreError, VersionMismatch
+from atoll.model.errors import NodeUnavailable, NotFound, StoreError, VersionMismatch
 from atoll.model.messages import PROTOCOL, Call
 from atoll.model.objects import KINDS, DeathProof, Hold, Instance, Job, JobState, Node, Pool, Token, Volume
 from atoll.model.units import GIB
@@ -295,7 +295,7 @@ class Older:
 
 async def with_old_agent(box: Box, name: str, protocol: int) -> None:
     box.protocols[name] = protocol
-    box.transport.agents[box.nodes[name]] = Older(box.agents[name].service, protocol, ("node.look", "node.logs"))
+    box.transport.agents[box.nodes[name]] = Older(box.agents[name].service, protocol, ("node.look", "node.logs", "node.remains"))
     box.master.agents.forget(box.nodes[name])
     await box.settle_reports()
 
@@ -309,6 +309,11 @@ def test_an_agent_one_version_behind_works() -> None:
         await box.do("instance.migrate", "web1", node="node1")
         await box.do("instance.migrate", "web1", node="node2")
         assert [f.about for f in await box.master.verify() if f.what == "agent is one version behind"] == ["node2"]
+        # It does not know the questions about itself, and that is said.
+        looked = [f for f in await box.master.doctor() if f["node"] == "node2"]
+        assert [(f["level"], f["about"], f["what"]) for f in looked] == [("warning", "agent", "it was not looked at")]
+        with pytest.raises(NotFound, match="does not know the order"):
+            await box.master.logs(box.nodes["node2"])
         await settle(box)
         check(box)
         await box.close()

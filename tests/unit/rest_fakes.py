@@ -99,6 +99,7 @@ class FakeLeader:
         self.steered: list[tuple[str, int, str | None]] = []
         self.reported: list[tuple[str, NodeReport]] = []
         self.findings: list[Finding] = []
+        self.looked: list[dict[str, Any]] = []
         self.refuse: AtollError | None = None
         self.refuse_state: AtollError | None = None
         self.tokens = {"read": Caller("ray", "reader"), "operate": Caller("olga", "operator"), "admin": Caller("ada", "admin")}
@@ -198,6 +199,15 @@ class FakeLeader:
 
     async def verify(self) -> list[Finding]:
         return self.findings
+
+    def facts(self, node: str) -> dict[str, Any]:
+        return {"node": node}
+
+    async def doctor(self) -> list[dict[str, Any]]:
+        return self.looked
+
+    async def logs(self, node: str) -> dict[str, str]:
+        return {"agent.log": node}
 
     async def join_token(self, name: str, group: str | None, rejoin: bool = False) -> str:
         return f"fingerprint.secret-for-{name}-in-{group}"

@@ -92,6 +92,7 @@ CASES: list[tuple[str, Sent]] = [
     ("atoll node failover node1 --node-is-dead", ("node.failover", "node1", {"node_is_dead": True})),
     ("atoll node evacuate node1", ("node.evacuate", "node1", {})),
     ("atoll node declare-dead node1 -f", ("node.declare-dead", "node1", {})),
+    ("atoll node declare-dead node1 -f --disks-are-lost", ("node.declare-dead", "node1", {"disks_are_lost": True})),
     ("atoll node renew node1", ("node.renew", "node1", {})),
     ("atoll cluster renew-certificates", ("cluster.renew-certificates", "", {})),
     ("atoll cluster rotate-ca --leave-behind", ("cluster.rotate-ca", "", {"leave_behind": True})),
@@ -343,7 +344,7 @@ async def test_help_of_every_command_says_what_it_does() -> None:
     walk(atoll, ["atoll"])
     for name, make in ganeti.PROGRAMS.items():
         walk(make(), [f"gnt-{name}"])
-    assert set(GROUPS) == {"cluster", "node", "group", "pool", "volume", "instance", "job", "lab", "completion"}
+    assert set(GROUPS) == {"cluster", "node", "group", "pool", "volume", "instance", "job", "doctor", "lab", "completion"}
 
 
 async def test_a_seed_is_read_from_files_and_stdin(cli: Cli, tmp_path: Path) -> None:

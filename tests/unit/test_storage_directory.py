@@ -12,9 +12,11 @@ import pytest
 
 from atoll.model.errors import Conflict, InvalidInput, PoolUnavailable
 from atoll.model.messages import PoolRef
+from atoll.model.places import lies_in
 from atoll.storage import registry
 from atoll.storage.contract import PoolDriver
 from atoll.storage.files import directory, marker, mountinfo
+from atoll.storage.files import pool as files_pool
 
 MOUNTS = r"""22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
 30 22 0:26 / /srv/a\040b\134c rw,nosuid shared:9 master:3 - nfs4 server:/x\040y rw
@@ -40,6 +42,28 @@ def test_an_open_directory_knows_its_mount() -> None:
         assert mountinfo.mount_of(fd).fstype == "proc"
     finally:
         os.close(fd)
+
+
+@pytest.mark.parametrize("below", ["", "/pool", "/a/../pool", "/./pool/"])
+def test_a_directory_that_operators_read_is_no_pools(below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files_pool, "OPEN_DIRECTORY", str(tmp_path / "images"))
+    for name in ("images/pool", "images/a", "images-too"):
+        (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(InvalidInput, match="operators may take images from") as refused:
+        made(f"{tmp_path}/images{below}").prepare(create=True)
+    assert "another directory" in refused.value.hint
+    assert not list(tmp_path.rglob(".atoll-pool"))
+    # Nor by way of a link; a name that only begins so is fine.
+    (tmp_path / "link").symlink_to(tmp_path / "images/pool")
+    with pytest.raises(InvalidInput, match="operators"):
+        made(tmp_path / "link").prepare(create=True)
+    assert made(tmp_path / "images-too").prepare(create=True).ok
+
+
+def test_what_lies_in_a_directory() -> None:
+    assert lies_in("/a/b", "/a/b")
+    assert lies_in("//a//b/c/", "/a/b")
+    assert not lies_in("/a/b/../bc", "/a/b")
 
 
 def test_the_mark_says_whose_and_where(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import signal
 import sys
 
@@ -12,6 +13,7 @@ import structlog
 from atoll.agent.certificates import CertificateOrders
 from atoll.agent.copying import CopyOrders
 from atoll.agent.imaging import ImageOrders
+from atoll.agent.looking import LookOrders
 from atoll.agent.memory import Memory, open_database
 from atoll.agent.node import Agent
 from atoll.agent.seeding import SeedOrders
@@ -44,8 +46,8 @@ def make_hypervisor(config: Config) -> Hypervisor:
     return qemu
 
 
-async def run(config: Config) -> None:
-    """Serve until SIGTERM or SIGINT. Guests are never touched by the end of the agent."""
+async def run(config: Config, path: str = "") -> None:
+    """Serve until SIGTERM or SIGINT. Guests are never touched by the end of the agent. ``path``: the configuration's file."""
     if not config.node or not (config.tls_dir / "cert.pem").exists():
         raise InvalidInput("this node belongs to no cluster", hint="atoll cluster init, or atoll node join")
     config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -54,7 +56,8 @@ async def run(config: Config) -> None:
     storage = StorageHost(guest_user=config.guest_user)
     memory = Memory(open_database(config.state_dir / "agent.db"))
     copying = CopyOrders(storage, config.tls_dir, config.run_dir, config.address)
-    more = {**copying.handlers(), **ImageOrders(copying, config.tls_dir).handlers(), **SeedOrders(copying).handlers()}
+    looks = LookOrders(config, storage, path)
+    more = {**looks.handlers(), **copying.handlers(), **ImageOrders(copying, config.tls_dir).handlers(), **SeedOrders(copying).handlers()}
     standby = StandbyOrders.of(config)
     certificates = CertificateOrders(KeptInFiles(config.tls_dir), config.node, config.address)
     hypervisor = make_hypervisor(config)
@@ -86,7 +89,7 @@ def main() -> None:
     try:
         config = load(options.config)
         configure(config.log_level)
-        asyncio.run(run(config))
+        asyncio.run(run(config, options.config or os.environ.get("ATOLL_CONFIG", "")))
     except AtollError as error:
         print(f"Error: {error.message}\nNext: {error.hint}", file=sys.stderr)
         sys.exit(error.exit_code)

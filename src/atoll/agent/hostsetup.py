@@ -10,11 +10,9 @@ from pathlib import Path
 
 from atoll.model.errors import HostError
 from atoll.runtime import systemd
-from atoll.runtime.config import Config
+from atoll.runtime.config import GUEST_UID, Config
 from atoll.runtime.files import write_durably
 
-#: The guests' user has this number on every node, so that files on a share belong to the same user everywhere.
-GUEST_UID = 64070
 _UNITS = Path("/etc/systemd/system")
 
 

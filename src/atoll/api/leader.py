@@ -90,6 +90,16 @@ class Leader(Protocol):
     async def verify(self) -> list[Finding]:
         """Look at everything: strangers, half-made things, missing things, held things."""
 
+    def facts(self, node: str) -> dict[str, Any]:
+        """What a node (by id) needs to look at itself."""
+
+    async def doctor(self) -> list[dict[str, Any]]:
+        """What each node finds when it looks at itself: ``node``, ``level`` (error, warning, ok), ``about``, ``what``, ``why``,
+        ``commands``."""
+
+    async def logs(self, node: str) -> dict[str, str]:
+        """The end of the logs of a node (by id), by name, without secrets. Errors: Unreachable, NotFound (its agent is too old)."""
+
     async def join_token(self, name: str, group: str | None, rejoin: bool = False) -> str:
         """A token with which the node ``name`` may join once within 15 minutes. ``rejoin``: a node of the cluster that does not answer
         comes back with it. Errors: AlreadyExists, NodeAnswers."""

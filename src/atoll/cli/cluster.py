@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from atoll.cli import masters, tags, work
+from atoll.cli.bundle import support_bundle
 from atoll.cli.client import Client, path_of
 from atoll.cli.columns import AUDIT, TOKENS
 from atoll.cli.lazy import OrderedGroup
@@ -166,8 +167,10 @@ def rotate_ca(leave_behind: bool, **options: Any) -> None:
     work.run("cluster", "rotate-ca", body={"leave_behind": leave_behind}, **options)
 
 
-for _command in masters.COMMANDS:
+for _command in (*masters.COMMANDS, support_bundle):
     cluster.add_command(_command)
+
+
 @cluster.command()
 @click.argument("nouns", nargs=-1)
 @click.option("--after", type=click.IntRange(0), metavar="ID", help="Begin with what came after the event with this id.")

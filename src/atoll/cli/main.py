@@ -20,6 +20,7 @@ GROUPS = {
     "volume": ("atoll.cli.volume:volume", "Volumes: the disks."),
     "instance": ("atoll.cli.instance:instance", "Virtual machines: make, start, migrate, fail over."),
     "job": ("atoll.cli.job:job", "What the cluster does and did; what needs attention."),
+    "doctor": ("atoll.cli.doctor:doctor", "Look at this machine: what would keep it from being a good node."),
     "lab": ("atoll.lab.commands:lab", "A whole cluster on this machine, for trying out."),
     "completion": ("atoll.cli.completion:completion", "Completion for your shell."),
 }

@@ -188,13 +188,14 @@ def evacuate(target: str, node: str | None, node_is_dead: bool, **options: Any) 
 
 @node.command("declare-dead")
 @target("node")
+@click.option("--disks-are-lost", is_flag=True, help="What is on its own disks will never come back: jobs may forget it.")
 @force_option
 @job_options
-def declare_dead(target: str, force: bool, **options: Any) -> None:
+def declare_dead(target: str, disks_are_lost: bool, force: bool, **options: Any) -> None:
     """Say that a node is off, for this moment. If it still runs, disks may be written by two machines."""
     question = f"Are you sure that {target} is off? If it still runs its guests, their disks will be destroyed."
     confirm(question, force or options["dry_run"])
-    work.run("node", "declare-dead", target, {}, **options)
+    work.run("node", "declare-dead", target, {"disks_are_lost": True} if disks_are_lost else {}, **options)
 
 
 @node.command()

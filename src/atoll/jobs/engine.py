@@ -56,6 +56,7 @@ class Engine:
     async def start(self, agents: Agents) -> None:
         """Take up every job that has not ended. Jobs that were under way wait for the agents in their journals."""
         self.agents = agents
+        await self._drop_old_holds()
         for job in self.store.all(Job):
             if job.state.active:
                 granted = job.state is not JobState.QUEUED
@@ -65,6 +66,14 @@ class Engine:
                 if granted:
                     self._spawn(job.number)
         self._grant()
+
+    async def _drop_old_holds(self) -> None:
+        """A hold whose job has ended can be released by nobody else."""
+        jobs = {job.number: job for job in self.store.all(Job)}
+        old = [hold for hold in self.store.all(Hold) if hold.job not in jobs or jobs[hold.job].state.ended]
+        if old:
+            log.error("holds have outlived their jobs; they are dropped", holds=[hold.id for hold in old])
+            await self.store.write(delete=old)
 
     async def stop(self) -> None:
         """Stop working; jobs stay as they are and are taken up by the next start."""
@@ -352,7 +361,7 @@ class Engine:
             attempt += 1
             if attempt > 5 or loop.time() + pause >= end:
                 again = f"atoll job resume {job.number}"
-                await self._attend(job, f"past its commit, and {error.message}", (again,))
+                await self._attend(job, f"past its commit, and {error.message}", (again, *error.details.get("commands", ())))
                 return
             log.warning("committed job tries again", job=job.number, error=error.message, pause=pause)
             await asyncio.sleep(pause)

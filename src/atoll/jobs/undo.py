@@ -63,13 +63,15 @@ async def _order(engine: Engine, job: Job, step: Step, undo: Undo) -> None:
     assert undo.node is not None
     try:
         await engine.agents.order(undo.node, job.number, step.key, undo.method, undo.args, undo=True, deadline=undo.deadline)
-    except NodeUnavailable:
-        if undo.dies:
+    except NodeUnavailable as dead:
+        if undo.dies or (undo.local and engine.state.disks_are_lost(undo.node)):
             return
         # The node is proved dead, but its effect is on storage that others reach: one of them undoes it.
         here = engine.store.require(Node, undo.node)
         others = [n for n in engine.store.all(Node) if n.group == here.group and n.id != here.id and engine.state.answers(n.id)]
-        if undo.local or not others:
+        if undo.local:
+            raise NodeUnavailable(dead.message, hint=f"atoll node declare-dead {here.name} --disks-are-lost") from dead
+        if not others:
             raise
         args = {**undo.args, "ref": {**undo.args["ref"], "node": others[0].name}} if "ref" in undo.args else undo.args
         await engine.agents.order(others[0].id, job.number, step.key, undo.method, args, undo=True, deadline=undo.deadline)

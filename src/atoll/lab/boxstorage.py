@@ -28,6 +28,14 @@ class SharedDisks:
         self.taken: dict[str, int] = {}
         #: Pools (ids) whose storage is not there.
         self.lost: set[str] = set()
+        #: Node (name) -> the type of the file system that the pools' marks there tell.
+        self.marked_on: dict[str, str] = {}
+        #: Node (name) -> what was left behind there, as an agent tells it.
+        self.remains: dict[str, dict[str, Any]] = {}
+        #: Node (name) and pool (id) -> the type of the file system there.
+        self.fstypes: dict[tuple[str, str], str] = {}
+        #: Node (name) -> why guests cannot use any pool there, though the agent can.
+        self.unfit: dict[str, str] = {}
         #: Node (name) -> pool (id) -> why it does not answer there: calls are refused.
         self.stalled: dict[str, dict[str, str]] = {}
         #: Images that are served for a copy: volume -> (server, peer).
@@ -86,7 +94,15 @@ class BoxStorage:
         if not create and key not in self._disks.marks:
             raise PoolUnavailable(f"the directory of pool {ref.name} on {ref.node} has no mark")
         self._disks.marks[key] = ref.id
-        return {"ok": True}
+        return self._status(ref)
+
+    def _status(self, ref: PoolRef) -> dict[str, Any]:
+        if why := self._disks.unfit.get(self._node):
+            return {"ok": False, "reason": why, "hint": "chmod a+x /box"}
+        details = {"mount": "/box", "file system": self._disks.fstypes.get((self._node, ref.id), "box")}
+        if then := self._disks.marked_on.get(self._node):
+            details["marked on"] = then
+        return {"ok": True, "details": details}
 
     def _mark(self, ref: PoolRef, expected: list[str]) -> None:
         key = f"{ref.id}@{ref.node}" if registry.info(ref.driver).node_local else ref.id
@@ -103,7 +119,7 @@ class BoxStorage:
             self._place(ref)
         except PoolUnavailable as error:
             return {"ok": False, "reason": error.message}
-        return {"ok": True}
+        return self._status(ref)
 
     def _space(self, ref: PoolRef) -> Any:
         return {"total": self._disks.capacity, "free": max(0, self._disks.free(ref, self._place(ref)))}
@@ -210,6 +226,7 @@ class BoxStorage:
     def copy_handlers(self) -> dict[str, Handler]:
         """Method -> handler."""
         return {
+            "node.remains": self._remains,
             "copy.serve": self._serve,
             "copy.unserve": self._unserve,
             "copy.push": self._push,
@@ -239,6 +256,9 @@ class BoxStorage:
             raise HostError(f"the copy failed: {args['server']} does not serve {args['volume']} to {self._node}")
         self._disks.copy(args["volume"], self._node, args["server"])
         await self._point("push", "after")
+
+    async def _remains(self, args: dict[str, Any], report: Report) -> Any:
+        return self._disks.remains.get(self._node, {})
 
     async def _nothing(self, args: dict[str, Any], report: Report) -> Any:
         return None

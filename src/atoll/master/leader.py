@@ -15,11 +15,13 @@ from atoll.jobs.engine import Engine
 from atoll.master.admission import Admission
 from atoll.master.announce import Announcer
 from atoll.master.health import HealthMonitor
+from atoll.master.inspect import Inspector
 from atoll.master.keeper import CertificateKeeper
 from atoll.master.reconcile import Reconciler
 from atoll.master.shipping import Run, Shipper
 from atoll.master.spaces import SpaceMonitor
 from atoll.master.verify import SEVERITIES, Verifier
+from atoll.master.verify_room import room
 from atoll.model.errors import AtollError, NodeAnswers, NotLeader
 from atoll.model.messages import NodeReport, Progress, Space
 from atoll.model.objects import DeathProof, Hold, Job, JobState, Node, Pool, Stored, Volume
@@ -70,11 +72,12 @@ class MasterLeader:
         self._state.signer = admission.authority if admission else None
         self.keeper = CertificateKeeper(self._state, self.submit_internal, self.engine.busy)
         #: What else ``verify`` tells of.
-        self.more_findings: list[Callable[[], list[Finding]]] = [self.keeper.findings]
+        self.more_findings: list[Callable[[], list[Finding]]] = [self.keeper.findings, lambda: room(self._state, self._spaces.known())]
         self._spaces = SpaceMonitor(self._state, self.agents)
         self.events = Hub(store, self.engine.progress)
         self.engine.on_progress = self.events.progress
         self._verifier = Verifier(self._state, self.agents, self.engine)
+        self._inspector = Inspector(self._state, self.agents)
         self._tasks: list[asyncio.Task[None]] = []
         self._ready, self._all_heard = asyncio.Event(), asyncio.Event()
         self._readmitted: dict[str, float] = {}
@@ -194,6 +197,18 @@ class MasterLeader:
         """See ``api.leader.Leader``."""
         found = [*await self._verifier.look(), *(finding for more in self.more_findings for finding in more())]
         return sorted(found, key=lambda finding: SEVERITIES.get(finding.severity, 3))
+
+    def facts(self, node: str) -> dict[str, Any]:
+        """See ``api.leader.Leader``."""
+        return self._inspector.facts(node)
+
+    async def doctor(self) -> list[dict[str, Any]]:
+        """See ``api.leader.Leader``."""
+        return await self._inspector.look()
+
+    async def logs(self, node: str) -> dict[str, str]:
+        """See ``api.leader.Leader``."""
+        return await self._inspector.logs(node)
 
     # --- nodes ---
 

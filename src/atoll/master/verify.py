@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from atoll.api.leader import Finding
 from atoll.master.verify_nodes import NodeFindings
+from atoll.master.verify_records import RecordFindings
+from atoll.master.verify_remains import RemainFindings
 from atoll.master.verify_storage import StorageFindings
 from atoll.model.errors import AtollError
 from atoll.model.objects import DeathProof, Hold, Instance, Job, JobState, Node, Volume, VolumeState
@@ -31,9 +33,11 @@ class Verifier:
 
     async def look(self) -> list[Finding]:
         """All findings, errors first."""
-        found = [*self._nodes(), *NodeFindings(self._state).look(), *self._candidates(), *self._jobs(), *self._volumes()]
+        found = [*self._nodes(), *NodeFindings(self._state, self._engine.busy).look(), *self._candidates(), *self._jobs(), *self._volumes()]
         guests = await self._guests()
         found += guests
+        found += RecordFindings(self._state, self._engine).look()
+        found += await RemainFindings(self._state, self._agents, self._engine, self._working_on).look()
         found += await StorageFindings(self._state, self._agents, self._engine, self._working_on).look()
         return sorted(found, key=lambda f: (SEVERITIES.get(f.severity, 3), f.about))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from atoll import __version__
@@ -19,15 +20,15 @@ SKEW, BAD_SKEW = 5.0, 600.0
 class NodeFindings:
     """Looks at the newest reports."""
 
-    def __init__(self, state: State) -> None:
-        self._state = state
+    def __init__(self, state: State, busy: Callable[[str], bool]) -> None:
+        self._state, self._busy = state, busy
 
     def look(self) -> list[Finding]:
         """All findings."""
         found = []
         for node in self._state.store.all(Node):
             if not node.offline and self._state.health.alive(node.id):
-                found += [*self._version(node), *self._clock(node)]
+                found += [*self._version(node), *self._clock(node), *self._unready(node)]
         return found
 
     def _version(self, node: Node) -> list[Finding]:
@@ -43,6 +44,12 @@ class NodeFindings:
         what = f"agent is more than one version {way}"
         commands = (f"{f'on {node.name}: upgrade the agent' if behind else 'upgrade the master'}, one version at a time",)
         return [Finding("error", what, node.name, f"{why}; nothing is asked of it but to keep its guests", None, commands)]
+
+    def _unready(self, node: Node) -> list[Finding]:
+        if node.ready or self._busy(node.resource):
+            return []
+        why = "the pools of its group are not prepared on it, so nothing is started there"
+        return [Finding("warning", "node is not ready", node.name, why, None, ("atoll job list", f"atoll node info {node.name}"))]
 
     def _clock(self, node: Node) -> list[Finding]:
         report = self._state.health.report(node.id)

@@ -8,8 +8,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from atoll.api.leader import Finding
+from atoll.master.inspect import differing
 from atoll.model.errors import AtollError, Conflict
+from atoll.model.messages import PoolStatus
 from atoll.model.objects import Instance, Node, Pool, Volume, VolumeState
+from atoll.model.places import OPEN_DIRECTORY, lies_in
 from atoll.operations import trouble
 from atoll.operations.index import Index
 
@@ -101,13 +104,19 @@ class StorageFindings:
         silent = [n for n in nodes if state.stalled(pool, n)]
         nodes, patience = [n for n in nodes if n not in silent], IMPATIENCE if silent else PATIENCE
         found: list[Finding] = []
-        usable = []
+        usable: list[Node] = []
+        kinds: dict[str, str] = {}
         for node, answer in zip(nodes, await asyncio.gather(*(self._check(pool, n, patience) for n in nodes)), strict=True):
-            if answer:
-                commands: tuple[str, ...] = (f"atoll pool check {pool.name}",)
-                found.append(Finding("error", "pool cannot be used on a node", f"{pool.name} on {node.name}", answer, None, commands))
+            if not answer.ok:
+                hint = (f"on {node.name}: {answer.hint}",) if answer.hint and not answer.hint.startswith("atoll") else ()
+                commands: tuple[str, ...] = (f"atoll pool check {pool.name}", *hint)
+                about = f"{pool.name} on {node.name}"
+                found.append(Finding("error", "pool cannot be used on a node", about, answer.reason, None, commands))
             else:
                 usable.append(node)
+            kinds[node.name] = answer.details.get("file system", "")
+            found += self._moved(pool, node, answer)
+        found += self._place(pool, {} if local else kinds)
         for node in usable if local else usable[:1]:
             ref = state.ref(pool, node).model_dump(mode="json")
             images = await self._ask(node.id, "volume.list", {"ref": ref}, patience)
@@ -122,12 +131,32 @@ class StorageFindings:
                     found.append(await self._missing(compared, volume, ref, patience))
         return found
 
-    async def _check(self, pool: Pool, node: Node, patience: float) -> str:
-        """Why the pool cannot be used on the node; empty if it can."""
+    async def _check(self, pool: Pool, node: Node, patience: float) -> PoolStatus:
+        """How the pool is on the node."""
         answer = await self._ask(node.id, "pool.check", {"ref": self._state.ref(pool, node).model_dump(mode="json")}, patience)
-        if isinstance(answer, AtollError):
-            return answer.message
-        return "" if answer["ok"] else str(answer["reason"])
+        return PoolStatus(ok=False, reason=answer.message) if isinstance(answer, AtollError) else PoolStatus(**answer)
+
+    def _moved(self, pool: Pool, node: Node, status: PoolStatus) -> list[Finding]:
+        """The mark came along with a copy, or the share is another one now."""
+        now, then = status.details.get("file system", ""), status.details.get("marked on", "")
+        if not status.ok or not now or not then or now == then:
+            return []
+        why = f"the directory lies on {now}; when the pool was made, it lay on {then}: is this its share, or a copy below the mount point?"
+        commands = (f"on {node.name}: findmnt -T {pool.options.get('path', '')}", f"atoll pool info {pool.name}")
+        return [Finding("warning", "pool is on another file system", f"{pool.name} on {node.name}", why, None, commands)]
+
+    def _place(self, pool: Pool, kinds: dict[str, str]) -> list[Finding]:
+        """Where its directory lies: the same everywhere (``kinds``: node -> file system), and not where others may read."""
+        found = []
+        path = pool.options.get("path", "")
+        if differ := differing(kinds):
+            why = f"{differ}: not the same directory, or not mounted the same way"
+            found.append(Finding("error", "pool differs between nodes", pool.name, why, None, (f"on each: findmnt -T {path}",)))
+        if path and lies_in(path, OPEN_DIRECTORY):
+            why = f"it lies in {OPEN_DIRECTORY}: whoever may make instances can import, and so read, every disk in it"
+            commands = (f"atoll pool modify {pool.name} --close", "move its instances to another pool")
+            found.append(Finding("error", "pool can be read by operators", pool.name, why, None, commands))
+        return found
 
     async def _missing(self, compared: Images, volume: Volume, ref: dict[str, Any], patience: float) -> Finding:
         """An image that is not among the pool's files: it is gone, or something else is in its place."""

@@ -107,10 +107,11 @@ class Writer(Wire):
 
 
 class PoolStatus(Wire):
-    """The outcome of a pool check on one node. ``ok`` False comes with ``reason``."""
+    """The outcome of a pool check on one node. ``ok`` False comes with ``reason``, and where it can with what to type (``hint``)."""
 
     ok: bool
     reason: str = ""
+    hint: str = ""
     space: Space | None = None
     details: dict[str, str] = Field(default_factory=dict)
 

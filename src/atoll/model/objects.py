@@ -224,6 +224,8 @@ class DeathProof(Stored):
     method: Literal["human", "fence"]
     who: str
     at: float
+    #: Somebody's word that what was on the node's own disks will not come back: records of it may be forgotten.
+    disks_are_lost: bool = False
 
 
 class Hold(Stored):

@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
-#: Below it everybody who may make instances may name files; elsewhere only admins may, for a file's bytes end up on a disk that they read.
-OPEN_DIRECTORY = "/var/lib/atoll/images"
+from atoll.model.places import OPEN_DIRECTORY, lies_in
 
 
 def _plain_path(path: str) -> str:
@@ -31,7 +30,7 @@ class ImageSource(BaseModel):
     @property
     def open_to_operators(self) -> bool:
         """Whether it lies where operators may take images from."""
-        return self.path.startswith(OPEN_DIRECTORY + "/")
+        return lies_in(self.path, OPEN_DIRECTORY)
 
 
 _KEY_TYPES = ("ssh-", "ecdsa-", "sk-")

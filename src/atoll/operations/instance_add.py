@@ -224,10 +224,11 @@ async def _run_remove(job: JobContext, request: dict[str, Any]) -> Any:
         for volume in decided["volumes"]:
             await mark_deleting(job, volume, VolumeState.IN_USE)
     await job.commit()
+    lost: list[str] = []
     if not request["keep_disks"]:
         for index, volume in enumerate(decided["volumes"]):
             job.progress(40 + 50 * index / len(decided["volumes"]), f"deleting disk {index}")
-            await delete_image(job, volume)
+            lost += await delete_image(job, volume)
 
     def forget() -> Changes:
         state: State = job.state
@@ -236,7 +237,7 @@ async def _run_remove(job: JobContext, request: dict[str, Any]) -> Any:
         return Changes(put=[*kept], delete=[item for item in gone if item is not None])
 
     await job.write("forget instance", forget)
-    return {"instance": instance, "name": decided["name"]}
+    return {"instance": instance, "name": decided["name"], **({"lost": lost} if lost else {})}
 
 
 register(Operation("instance.remove", InstanceRemove, _prepare_remove, _run_remove))

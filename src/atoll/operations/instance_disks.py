@@ -7,7 +7,7 @@ from typing import Any
 
 from atoll.jobs.context import JobContext
 from atoll.jobs.steps import Changes, Undo, undo_function
-from atoll.model.errors import InUse, NotSupported, PoolNotReachable, WrongState
+from atoll.model.errors import InUse, NodeUnavailable, NotSupported, PoolNotReachable, WrongState
 from atoll.model.messages import GuestDisk
 from atoll.model.objects import Disk, Group, Instance, Node, Pool, Volume, VolumeState
 from atoll.model.units import format_size
@@ -64,7 +64,11 @@ async def _run_grow(job: JobContext, request: dict[str, Any]) -> Any:
     await grow_image(job, request["volume"], size, prefer=node)
     if node:
         args = {"instance": request["id"], "volume": request["volume"], "size": size}
-        await job.call("tell the guest", node, "guest.resize", args)
+        try:
+            await job.call("tell the guest", node, "guest.resize", args)
+        except NodeUnavailable:
+            # Proved dead, and the guest with it: its next start sees the new size.
+            job.progress(None, "the guest's node is dead; it sees the new size at its next start")
     return {"volume": request["volume"], "size": size}
 
 
@@ -291,8 +295,8 @@ async def _run_detach(job: JobContext, request: dict[str, Any]) -> Any:
 async def _run_remove_disk(job: JobContext, request: dict[str, Any]) -> Any:
     await _unplug(job, request)
     await mark_deleting(job, request["volume"], VolumeState.AVAILABLE)
-    await delete_image(job, request["volume"])
-    return {"instance": request["id"], "volume": request["volume"]}
+    lost = await delete_image(job, request["volume"])
+    return {"instance": request["id"], "volume": request["volume"], **({"lost": lost} if lost else {})}
 
 
 register(Operation("instance.detach-disk", DetachDisk, _prepare_detach("detach"), _run_detach))

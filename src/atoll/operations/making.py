@@ -212,8 +212,30 @@ async def on_pool(job: JobContext, key: str, volume: str, method: str, args: dic
                 raise
 
 
-async def delete_image(job: JobContext, volume: str, *, prefer: str | None = None) -> None:
-    """The second half, past the job's commit: remove the image (all copies), then the record."""
+def declare_lost(node: str) -> str:
+    """The command for somebody who knows that a node's own disks will not come back."""
+    return f"atoll node declare-dead {node} --disks-are-lost"
+
+
+async def on_own_disk(job: JobContext, key: str, node: str, method: str, args: dict[str, Any], *, deadline: float) -> tuple[bool, Any]:
+    """An order, past the job's commit, about what lies on a node's own disks: (True, its result); (False, None) when these are lost, as
+    somebody has said.
+
+    Errors: the agent's; Unreachable or NodeUnavailable, with what to type when the node never comes back.
+    """
+    try:
+        return True, await job.call(key, node, method, args, deadline=deadline)
+    except (NodeUnavailable, *UNKNOWN_OUTCOME) as error:
+        state: State = job.state
+        if state.disks_are_lost(node):
+            return False, None
+        command = declare_lost(state.store.require(Node, node).name)
+        raise type(error)(error.message, hint=f"if it never comes back: {command}", commands=[command]) from error
+
+
+async def delete_image(job: JobContext, volume: str, *, prefer: str | None = None) -> list[str]:
+    """The second half, past the job's commit: remove the image (all copies), then the record. Gives what was forgotten instead, because
+    it was on lost disks."""
 
     def where() -> dict[str, Any]:
         found = job.state.store.require(Volume, volume)
@@ -221,9 +243,13 @@ async def delete_image(job: JobContext, volume: str, *, prefer: str | None = Non
 
     image = await job.read(f"image of/{volume}", where)
     args = {"logical_id": image["logical_id"]}
+    lost = []
     for number, (node, ref) in enumerate(image["refs"]):
         key = f"delete image/{volume}" + (f" copy {number + 1}" if number else "")
-        await job.call(key, node, "volume.delete", {"ref": ref, **args}, deadline=120.0)
+        there, _ = await on_own_disk(job, key, node, "volume.delete", {"ref": ref, **args}, deadline=120.0)
+        if not there:
+            lost.append(f"{image['logical_id']} on {ref['node']} was forgotten, not deleted: its disks are lost")
     if image["logical_id"] and not image["refs"]:
         await on_pool(job, f"delete image/{volume}", volume, "volume.delete", args, prefer=prefer, deadline=60.0)
     await job.write(f"forget/{volume}", lambda: Changes(delete=[job.state.store.require(Volume, volume)]))
+    return lost

@@ -11,6 +11,7 @@ from atoll.model.errors import AtollError, InUse, InvalidInput, NodeAnswers, Nod
 from atoll.model.objects import DeathProof, Group, Instance, JobState, Node, Pool, Volume
 from atoll.operations.common import frozen, locks, prepare_tags, run_tags
 from atoll.operations.instance_power import answers
+from atoll.operations.making import declare_lost
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import NodeDeclareDead, NodeModify, NodeMove, NodeRemove, Nothing, TagsChange
 from atoll.operations.state import State
@@ -61,7 +62,10 @@ def _prepare_remove(state: State, target: str, request: NodeRemove) -> Prepared:
         raise InUse(f"node {node.name} runs instance {users[0].name}", hint=f"atoll node evacuate {node.name}")
     volumes = [v for v in state.store.all(Volume) if node.id in (v.node, v.secondary)]
     if volumes:
-        raise InUse(f"node {node.name} owns {len(volumes)} node-local volumes, such as {volumes[0].name}", hint="atoll volume list")
+        owner = state.store.get(Instance, volumes[0].instance or "")
+        first = f"atoll instance remove {owner.name}" if owner else f"atoll volume delete {volumes[0].name}"
+        lost = "" if state.health.alive(node.id) or state.disks_are_lost(node.id) else f"; if they are lost: {declare_lost(node.name)}"
+        raise InUse(f"node {node.name} owns {len(volumes)} node-local volumes, such as {volumes[0].name}", hint=f"{first}{lost}")
     if node.id == state.replication.master:
         raise InUse(f"the master works on node {node.name}", hint="on a master candidate: atoll cluster master-failover")
     if MASTER_CANDIDATE in node.roles:
@@ -98,7 +102,8 @@ def _prepare_dead(state: State, target: str, request: NodeDeclareDead) -> Prepar
     node = state.store.find(Node, target)
     if state.health.alive(node.id):
         raise NodeAnswers(f"node {node.name} answers; it is not dead")
-    return Prepared({"id": node.id}, locks(), f"record that node {node.name} is dead")
+    words = " and its disks are lost" if request.disks_are_lost else ""
+    return Prepared(frozen(request, id=node.id), locks(), f"record that node {node.name} is dead{words}")
 
 
 async def _run_dead(job: JobContext, request: dict[str, Any]) -> Any:
@@ -109,7 +114,9 @@ async def _run_dead(job: JobContext, request: dict[str, Any]) -> Any:
     def record() -> Changes:
         if job.state.health.alive(request["id"]):
             raise NodeAnswers("the node answers; it is not dead")
-        return Changes(put=[DeathProof(id=request["id"], method="human", who="declare-dead", at=job.state.clock.now())])
+        lost = request.get("disks_are_lost", False) or job.state.disks_are_lost(request["id"])
+        proof = DeathProof(id=request["id"], method="human", who="declare-dead", at=job.state.clock.now(), disks_are_lost=lost)
+        return Changes(put=[proof])
 
     await job.write(step, record)
     return {"node": request["id"]}
@@ -218,7 +225,9 @@ async def _run_welcome(job: JobContext, request: dict[str, Any]) -> Any:
         name = ref["name"]
         try:
             local = job.state.driver(job.state.store.require(Pool, ref["id"])).node_local
-            await job.call(f"prepare/{name}", request["id"], "pool.prepare", {"ref": ref, "create": local})
+            status = await job.call(f"prepare/{name}", request["id"], "pool.prepare", {"ref": ref, "create": local})
+            if not status["ok"]:
+                problems[name] = status["reason"]
         except AtollError as error:
             problems[name] = error.message
 

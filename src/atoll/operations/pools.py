@@ -74,7 +74,9 @@ async def prepare_on_nodes(job: JobContext, pool: str, ref: dict[str, Any], node
         here = {**ref, "node": name}
         undo = Undo("pool.unprepare", {"ref": here}, node=node) if create else None
         job.progress(10 + 60 * number / len(nodes), f"preparing {name}")
-        await job.call(f"prepare/{name}", node, "pool.prepare", {"ref": here, "create": create}, undo=undo)
+        status = await job.call(f"prepare/{name}", node, "pool.prepare", {"ref": here, "create": create}, undo=undo)
+        if not status["ok"]:
+            raise PoolUnavailable(f"on {name}: {status['reason']}", hint=f"on {name}: {status.get('hint') or 'look at the directory'}")
 
 
 async def measure_writers(job: JobContext, ref: dict[str, Any], nodes: list[tuple[str, str]], *, suffix: str = "") -> str:

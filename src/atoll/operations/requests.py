@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from atoll.model.places import OPEN_DIRECTORY
 from atoll.model.units import MAX_SIZE, MIB
-from atoll.operations.image_requests import OPEN_DIRECTORY, CloudInit, ImageSource
+from atoll.operations.image_requests import CloudInit, ImageSource
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=63)]
 Ref = Annotated[str, StringConstraints(min_length=1, max_length=128)]
@@ -129,7 +130,12 @@ class NodeMove(Request):
 
 
 class NodeDeclareDead(Request):
-    """A human's word that the node is off, for this moment. Refused for a node that answers."""
+    """A human's word that the node is off, for this moment. Refused for a node that answers.
+
+    ``disks_are_lost``: what was on its own disks will not come back, so that jobs may forget it.
+    """
+
+    disks_are_lost: bool = False
 
 
 # --- pools ---

@@ -106,6 +106,11 @@ class State:
         """Whether a proof of this node's death stands."""
         return self.store.get(DeathProof, node) is not None
 
+    def disks_are_lost(self, node: str) -> bool:
+        """Whether somebody has said that what was on this node's own disks will not come back."""
+        proof = self.store.get(DeathProof, node)
+        return proof is not None and proof.disks_are_lost
+
     def driver(self, pool: Pool) -> DriverInfo:
         """The capabilities of a pool's driver."""
         return registry.info(pool.driver)

@@ -12,6 +12,7 @@ from atoll.model.errors import (
     InUse,
     InvalidInput,
     InvalidSize,
+    NodeUnavailable,
     NotFound,
     NotSupported,
     PoolFull,
@@ -33,7 +34,7 @@ from atoll.operations.common import (
     run_tags,
 )
 from atoll.operations.importing import DAY
-from atoll.operations.making import delete_image, look_at_pool, make_volume, mark_deleting, on_pool, own_refs, plan_volume
+from atoll.operations.making import delete_image, look_at_pool, make_volume, mark_deleting, on_own_disk, on_pool, own_refs, plan_volume
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import Nothing, Rename, TagsChange, VolumeCreate, VolumeGrow
 from atoll.operations.state import State
@@ -113,8 +114,8 @@ async def _run_delete(job: JobContext, request: dict[str, Any]) -> Any:
     before = await job.read("state", lambda: str(_free_volume(job.state, request["id"]).state))
     await mark_deleting(job, request["id"], VolumeState(before))
     await job.commit()
-    await delete_image(job, request["id"])
-    return {"volume": request["id"]}
+    lost = await delete_image(job, request["id"])
+    return {"volume": request["id"], **({"lost": lost} if lost else {})}
 
 
 register(Operation("volume.delete", Nothing, _prepare_delete, _run_delete))
@@ -157,7 +158,10 @@ async def grow_image(job: JobContext, volume: str, size: int, prefer: str | None
     try:
         for number, (node, ref) in enumerate(found["refs"]):
             step = key + (f" copy {number + 1}" if number else "")
-            grown = await job.call(step, node, "volume.grow", {"ref": ref, **args}, deadline=3600.0)
+            there, answer = await on_own_disk(job, step, node, "volume.grow", {"ref": ref, **args}, deadline=3600.0)
+            grown = answer if there else grown
+        if found["refs"] and not grown:
+            raise Settled(_lost(job.state, volume, " and ".join(ref["node"] for _, ref in found["refs"])))
         if not found["refs"]:
             grown = await on_pool(job, key, volume, "volume.grow", args, prefer=prefer, deadline=600.0)
     except (PoolFull, PoolUnavailable, ShrinkRefused, NotFound, NotSupported, InvalidSize) as refusal:
@@ -170,6 +174,13 @@ async def grow_image(job: JobContext, volume: str, size: int, prefer: str | None
         return Changes(put=[kept.model_copy(update={"size": max(grown, kept.size), "generation": kept.generation + 1})])
 
     await job.write("record size", record)
+
+
+def _lost(state: State, volume: str, where: str) -> NodeUnavailable:
+    found = state.store.require(Volume, volume)
+    owner = state.store.get(Instance, found.instance or "")
+    drop = f"atoll instance remove {owner.name}" if owner else f"atoll volume delete {found.name}"
+    return NodeUnavailable(f"volume {found.name} was not grown: it was on {where}, whose disks are lost", hint=f"to drop it: {drop}")
 
 
 async def _has_grown(job: JobContext, volume: str, found: dict[str, Any], size: int) -> bool:

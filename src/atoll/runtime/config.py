@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from atoll.model.errors import InvalidInput
 
 DEFAULT_PATH = "/etc/atoll/atoll.toml"
+#: The guests' user has this number on every node, so that files on a share belong to the same user everywhere.
+GUEST_UID = 64070
 
 
 class Config(BaseModel):

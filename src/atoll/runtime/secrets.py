@@ -22,7 +22,7 @@ _FORMAT = "atoll1"
 _NONCE = 12
 HIDDEN = "***"
 #: Names of fields whose values are secrets; also with a prefix, such as ``user_password``.
-_SECRET_NAMES = (
+SECRET_NAMES = (
     "password", "passwd", "passphrase", "secret", "secret_key", "token", "authorization", "credential", "keyring", "private_key",
     "key_pem", "api_key", "user_data", "meta_data", "network_config",
 )  # fmt: skip
@@ -127,7 +127,7 @@ def redact(value: Any, known: Iterable[str] = ()) -> Any:
 
 def _is_secret_name(name: Any) -> bool:
     text = str(name).lower().replace("-", "_")
-    return any(text == secret or text.endswith(f"_{secret}") for secret in _SECRET_NAMES)
+    return any(text == secret or text.endswith(f"_{secret}") for secret in SECRET_NAMES)
 
 
 def _create(path: Path) -> None:

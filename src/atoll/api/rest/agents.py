@@ -45,4 +45,8 @@ def router(leader: Leader) -> APIRouter:
         node = auth.node(request, leader)
         return answer(await leader.report(node, await body.parse(request, NodeReport)))
 
+    @routes.get("/agent/v1/facts")
+    async def facts(request: Request) -> Response:
+        return answer(leader.facts(auth.node(request, leader)), 200, {"Cache-Control": "no-store"})
+
     return routes

@@ -85,6 +85,16 @@ def router(leader: Leader) -> APIRouter:
         auth.require(request, leader, "reader")
         return answer({"findings": [asdict(finding) for finding in await leader.verify()]})
 
+    @routes.get("/v1/cluster/doctor", tags=["cluster"], summary="What each node finds when it looks at itself; takes up to two minutes")
+    async def doctor(request: Request) -> Response:
+        auth.require(request, leader, "operator")
+        return answer({"findings": await leader.doctor()})
+
+    @routes.get("/v1/nodes/{target}/logs", tags=["node"], summary="The end of a node's logs, without secrets")
+    async def logs(request: Request, target: str) -> Response:
+        auth.require(request, leader, "admin")
+        return answer({"logs": await leader.logs(views.find(leader.state, "node", target).id)})
+
     for noun in views.KINDS:
         _reads_of(routes, leader, noun)
     return routes

@@ -24,7 +24,7 @@ def parse(text: str) -> dict[str, Mount]:
     for line in text.splitlines():
         before, _, after = line.partition(" - ")
         fields = before.split()
-        found[fields[0]] = Mount(fields[0], _unescape(fields[4]), after.split()[0])
+        found[fields[0]] = Mount(fields[0], unescape(fields[4]), after.split()[0])
     return found
 
 
@@ -39,6 +39,7 @@ def mount_of(fd: int) -> Mount:
     return parse(ours[0])[number]
 
 
-def _unescape(text: str) -> str:
+def unescape(text: str) -> str:
+    """A path as it is, of one as mountinfo writes it."""
     # The kernel writes space, tab, newline and backslash as octal bytes; everything else as it is.
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)

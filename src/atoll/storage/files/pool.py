@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
+from pathlib import Path
 from typing import Literal
 
-from atoll.model.errors import AtollError, NotSupported, PoolUnavailable
+from atoll.model.errors import AtollError, InvalidInput, NotSupported, PoolUnavailable
 from atoll.model.messages import Connection, PoolRef, PoolStatus, Space, VolumeStat, Writer
+from atoll.model.places import OPEN_DIRECTORY, lies_in
 from atoll.storage.contract import VolumeSpec
-from atoll.storage.files import images, locks, making, options
+from atoll.storage.files import images, locks, making, marker, options
 from atoll.storage.files.directory import Directory
 from atoll.storage.files.mountinfo import mount_of
 
@@ -33,11 +36,21 @@ class FilePool:
     def prepare(self, *, create: bool) -> PoolStatus:
         """See ``PoolDriver``. Leftovers of broken-off creations are removed."""
         with self.directory.open(unmarked=create) as fd:
+            self._check_private()
             if create:
                 self.directory.mark(fd)
             if self._options.locking:
                 making.clean(fd)
         return self.check()
+
+    def _check_private(self) -> None:
+        """Errors: InvalidInput when operators may import, and so read, what lies in the directory."""
+        path = self.directory.path
+        if lies_in(path, OPEN_DIRECTORY) or lies_in(os.path.realpath(path), os.path.realpath(OPEN_DIRECTORY)):
+            raise InvalidInput(
+                f"{path} lies in {OPEN_DIRECTORY}, where operators may take images from: they could read the disks of pool {self.ref.name}",
+                hint="choose another directory, such as /srv/images",
+            )
 
     def mark(self, expected: list[str]) -> None:
         """See ``PoolDriver``."""
@@ -62,14 +75,21 @@ class FilePool:
             with self.directory.open() as fd:
                 mount = mount_of(fd)
                 details = {"mount": mount.point, "file system": mount.fstype}
+                if (mark := marker.read(fd)) and mark.get("fstype"):
+                    details["marked on"] = str(mark["fstype"])
                 if os.fstatvfs(fd).f_flag & os.ST_RDONLY:
                     return PoolStatus(ok=False, reason=f"{self.directory.path} is mounted read-only", details=details)
             if self._owner and not making.may_enter(self.directory.path, self._owner):
                 reason = f"guests run as user {self._owner}, which may not enter {self.directory.path}"
-                return PoolStatus(ok=False, reason=f"{reason}: chmod a+x it and what is above it", details=details)
+                return PoolStatus(ok=False, reason=reason, hint=f"chmod a+x {shlex.quote(self._barrier())}", details=details)
             return PoolStatus(ok=True, space=self.space(), details=details)
         except AtollError as error:
-            return PoolStatus(ok=False, reason=error.message)
+            return PoolStatus(ok=False, reason=error.message, hint=error.hint or "")
+
+    def _barrier(self) -> str:
+        """The uppermost directory that the guests' user may not enter."""
+        path = Path(os.path.realpath(self.directory.path))
+        return str(next((p for p in reversed((path, *path.parents)) if not making.may_enter(str(p), self._owner)), path))
 
     def space(self) -> Space:
         """See ``PoolDriver``."""
