@@ -44,6 +44,15 @@ def make_hypervisor(config: Config) -> Hypervisor:
     return qemu
 
 
+async def tidy(agent: Agent) -> None:
+    """End what nobody remembers any more. A node that cannot do that now serves all the same."""
+    try:
+        if gone := await agent.attachments.unmap_forgotten():
+            log.warning("ended forgotten mappings", volumes=gone)
+    except AtollError as error:
+        log.warning("mappings that nobody remembers may be left", error=error.message)
+
+
 async def run(config: Config) -> None:
     """Serve until SIGTERM or SIGINT. Guests are never touched by the end of the agent."""
     if not config.node or not (config.tls_dir / "cert.pem").exists():
@@ -59,6 +68,7 @@ async def run(config: Config) -> None:
     certificates = CertificateOrders(KeptInFiles(config.tls_dir), config.node, config.address)
     hypervisor = make_hypervisor(config)
     agent = Agent(config.node, hypervisor, storage, memory, config.run_dir, more, standby=standby, certificates=certificates)
+    await tidy(agent)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -217,6 +217,7 @@ class Box:
         self.world.power_cut(name)
         await self.crash_agent(name)
         self._attached.pop(name, None)
+        self.disks.forget_node(name)
 
     async def close(self) -> None:
         """End everything."""

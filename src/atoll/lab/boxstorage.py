@@ -34,7 +34,23 @@ class SharedDisks:
         self.served: dict[str, tuple[str, str]] = {}
         #: Image files of nodes: (node, path) -> format and size.
         self.files: dict[tuple[str, str], dict[str, Any]] = {}
+        #: Block devices of nodes: (node, volume) -> ``rw`` or ``ro``.
+        self.mapped: dict[tuple[str, str], str] = {}
+        #: OS scripts that run now: (node, instance) -> what.
+        self.scripts: dict[tuple[str, str], str] = {}
         self.fault: StorageFault | None = None
+
+    def forget_node(self, node: str) -> None:
+        """Its power was cut."""
+        self.mapped = {key: mode for key, mode in self.mapped.items() if key[0] != node}
+        self.scripts = {key: value for key, value in self.scripts.items() if key[0] != node}
+
+    def look(self) -> None:
+        """Note it as a violation when a guest writes what somebody has mapped."""
+        for (node, volume), mode in self.mapped.items():
+            for guest in self.world.guests.values():
+                if guest.active and volume in guest.disks and mode == "rw":
+                    self.world.violations.append(f"{guest.spec.name} writes {volume} on {guest.node} while it is mapped on {node}")
 
     def free(self, ref: PoolRef, images: dict[str, dict[str, Any]]) -> int:
         """Bytes that are left where these images lie."""
@@ -203,7 +219,26 @@ class BoxStorage:
         if method == "attach":
             volume = args["connection"]["volume"]
             return {"volume": volume, "path": f"/box/{volume}", "blockdev": {"driver": "file", "filename": f"/box/{volume}"}}
+        if method == "map":
+            return self._map(args["connection"]["volume"], args["read_only"])
+        if method == "unmap":
+            self._disks.mapped.pop((self._node, args["connection"]["volume"]), None)
+        if method == "unmap_others":
+            return []
         return args["connection"]["size"] if method == "resized" else None
+
+    def _map(self, volume: str, read_only: bool) -> Any:
+        world = self._disks.world
+        world.violations += [
+            f"{volume} is mapped on {self._node} while {guest.spec.name} writes it on {guest.node}"
+            for guest in world.guests.values()
+            if guest.active and volume in guest.disks and not read_only
+        ]
+        world.violations += [
+            f"{volume} is mapped on {self._node} and {node}" for node, other in self._disks.mapped if other == volume and node != self._node
+        ]
+        self._disks.mapped[self._node, volume] = "ro" if read_only else "rw"
+        return {"volume": volume, "path": f"/dev/box/{volume}"}
 
     # --- copies of stopped disks: as agent.copying, without processes ---
 

@@ -1,0 +1,158 @@
+"""Loop devices on images. The kernel keeps a name with each: by it, never by a remembered number, they are found again and told from
+other people's."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat as modes
+import struct
+import time
+from pathlib import Path
+
+from atoll.model.errors import Conflict, DiskInUse, HostError
+
+_SET_FREE, _CLEAR, _CONFIGURE, _GET_STATUS = 0x4C82, 0x4C01, 0x4C0A, 0x4C05
+_READ_ONLY, _PARTITIONS = 1, 8
+_MAJOR = 7
+#: struct loop_info64 (include/uapi/linux/loop.h), and struct loop_config around it.
+_INFO = struct.Struct("=QQQQQIIII64s64s32sQQ")
+_CONFIG = struct.Struct("=II232s64x")
+#: Seconds for whoever still has a device open to let go of it.
+PATIENCE = 15.0
+
+
+def _name(volume: str) -> bytes:
+    """The name of this node's mapping of a volume; the kernel keeps 63 bytes."""
+    return f"atoll:{volume}:{os.uname().nodename}".encode()[:63]
+
+
+def _volume(name: bytes) -> str | None:
+    """The volume of a mapping of this node's; None for any other loop device."""
+    parts = name.rstrip(b"\0").decode(errors="replace").split(":")
+    return parts[1] if len(parts) == 3 and name.rstrip(b"\0") == _name(parts[1]) else None
+
+
+def _status(device: int) -> tuple[tuple[int, int], int, bytes] | None:
+    """What an open loop device is on: (device, inode) of the file, flags and name; None when it is free."""
+    data = bytearray(_INFO.size)
+    try:
+        fcntl.ioctl(device, _GET_STATUS, data)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return None
+        raise
+    fields = _INFO.unpack(data)
+    return (fields[0], fields[1]), fields[8], fields[9]
+
+
+def _open(number: int, flags: int = os.O_RDONLY) -> int:
+    """The device. Where no daemon makes nodes (a container), it is made. Errors: OSError."""
+    path = f"/dev/loop{number}"
+    try:
+        return os.open(path, flags | os.O_CLOEXEC)
+    except FileNotFoundError:
+        with contextlib.suppress(FileExistsError):
+            os.mknod(path, modes.S_IFBLK | 0o660, os.makedev(_MAJOR, number))
+        return os.open(path, flags | os.O_CLOEXEC)
+
+
+def mapped() -> dict[str, int]:
+    """Volume -> the number of its loop device, of this node's mappings. Errors: HostError."""
+    found = {}
+    for entry in Path("/sys/block").glob("loop*"):
+        if not (entry / "loop").is_dir():
+            continue
+        number = int(entry.name.removeprefix("loop"))
+        try:
+            device = _open(number)
+        except OSError:
+            continue  # it has gone meanwhile
+        try:
+            status = _status(device)
+            volume = _volume(status[2]) if status else None
+        finally:
+            os.close(device)
+        if volume:
+            found[volume] = number
+    return found
+
+
+def attach(image: int, volume: str, *, read_only: bool) -> str:
+    """The block device of an open image; the one that it has, if it is mapped already. Errors: Conflict (mapped otherwise), HostError."""
+    try:
+        number = mapped().get(volume)
+        if number is None:
+            number = _new(image, volume, read_only)
+        else:
+            _check_same(number, image, volume, read_only)
+        return f"/dev/loop{number}"
+    except OSError as error:
+        raise HostError(f"no loop device for {volume}: {error.strerror}", hint="modprobe loop; losetup --list") from None
+
+
+def _check_same(number: int, image: int, volume: str, read_only: bool) -> None:
+    device = _open(number)
+    try:
+        status, file = _status(device), os.fstat(image)
+    finally:
+        os.close(device)
+    if status is None or status[0][1] != file.st_ino or bool(status[1] & _READ_ONLY) != read_only:
+        raise Conflict(f"volume {volume} is mapped as /dev/loop{number} in another way", hint=f"losetup --list /dev/loop{number}")
+
+
+def _new(image: int, volume: str, read_only: bool) -> int:
+    flags = _PARTITIONS | (_READ_ONLY if read_only else 0)
+    info = _INFO.pack(0, 0, 0, 0, 0, 0, 0, 0, flags, _name(volume), b"", b"", 0, 0)
+    control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        # Somebody else may take the free one between the two calls.
+        for _ in range(20):
+            number = fcntl.ioctl(control, _SET_FREE)
+            device = _open(number, os.O_RDONLY if read_only else os.O_RDWR)
+            try:
+                fcntl.ioctl(device, _CONFIGURE, _CONFIG.pack(image, 0, info))
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                continue
+            finally:
+                os.close(device)
+            return number
+    finally:
+        os.close(control)
+    raise HostError("no loop device stays free long enough to be used", hint="losetup --list")
+
+
+def detach(volume: str, patience: float = PATIENCE) -> None:
+    """End a volume's mapping, with all that was written through it on the disk; not mapped is success.
+
+    Errors: DiskInUse (somebody has the device open or mounted; it goes when they let go, and what is written until then is the
+    volume's), HostError.
+    """
+    end = time.monotonic() + patience
+    asked = False
+    while (number := mapped().get(volume)) is not None:
+        try:
+            device = _open(number)
+            try:
+                if not asked:
+                    # An error of an earlier write is told here, or never.
+                    os.fsync(device)
+                    asked = True
+                fcntl.ioctl(device, _CLEAR)
+            finally:
+                os.close(device)
+        except OSError as error:
+            if error.errno not in (errno.ENXIO, errno.EBUSY, errno.ENOENT):
+                raise HostError(f"/dev/loop{number} of {volume} cannot be detached: {error.strerror}") from None
+        if mapped().get(volume) is None:
+            return
+        if time.monotonic() > end:
+            raise DiskInUse(
+                f"/dev/loop{number} of volume {volume} is still in use", hint=f"umount it; fuser -vm /dev/loop{number}; then try again"
+            )
+        # Nothing tells when the last user of a device has gone.
+        time.sleep(0.05)
