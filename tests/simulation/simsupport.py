@@ -174,6 +174,7 @@ class Ticking:
     async def _tick(self) -> None:
         while True:
             self.box.world.tick()
+            self.box.disks.look()
             await asyncio.sleep(TICK)
 
     async def __aenter__(self) -> Ticking:
@@ -297,6 +298,9 @@ def _check_storage(box: Box, marks: bool) -> None:
     assert marked >= pools, f"pools without their marks: {pools - marked}"
     assert marked == pools or marks, f"marks of pools that are not there: {marked - pools}"
     assert not [mark for mark in box.disks.marks if mark.startswith("probe ")], "a probe lock stays"
+    assert not box.disks.scripts, f"scripts still run: {box.disks.scripts}"
+    by_hand = {(node, v) for node, owners in box._attached.items() for o, kept in owners.items() if o.endswith(".by-hand") for v in kept}
+    assert set(box.disks.mapped) == by_hand, f"mapped: {box.disks.mapped}, known: {by_hand}"
     assert not box.disks.served, f"still served for a copy: {box.disks.served}"
 
 
@@ -351,6 +355,10 @@ async def running(box: Box, name: str = "web1", **request: Any) -> None:
 async def stopped(box: Box, **request: Any) -> None:
     await running(box, **request)
     await box.do("instance.stop", "web1", timeout=1.0)
+
+
+async def installed(box: Box) -> None:
+    await stopped(box, os="noop")
 
 
 async def stopped_by_storage(box: Box) -> None:
@@ -447,6 +455,9 @@ STORIES = [
     Story("add-image", "instance.add", "", {"name": "new", "disks": IMAGED, "memory": GIB, "node": "node1"}, image_on("node2")),
     Story("add-seed", "instance.add", "", {"name": "new", "disks": [{"size": GIB}], "cloud_init": {"user_data": "#!/bin/sh"}}),
     Story("add-image-local", "instance.add", "", {"name": "new", "node": "node1", "template": "local", "disks": IMAGED}, local_image),
+    Story("add-os", "instance.add", "", {"name": "new", "disks": [{"size": GIB}], "memory": GIB, "os": "noop"}),
+    Story("reinstall", "instance.reinstall", "web1", {"os": "noop"}, stopped),
+    Story("rename-os", "instance.rename", "web1", {"new_name": "www"}, installed),
     Story("remove", "instance.remove", "web1", {"timeout": 1.0}, running),
     Story("start", "instance.start", "web1", {}, stopped),
     Story("start-elsewhere", "instance.start", "web1", {"node": "node3"}, stopped),

@@ -14,6 +14,7 @@ from atoll.agent.copying import CopyOrders
 from atoll.agent.imaging import ImageOrders
 from atoll.agent.memory import Memory, open_database
 from atoll.agent.node import Agent
+from atoll.agent.osscripts import OsOrders
 from atoll.agent.seeding import SeedOrders
 from atoll.agent.server import create_app
 from atoll.agent.standby import StandbyOrders
@@ -64,6 +65,7 @@ async def run(config: Config) -> None:
     memory = Memory(open_database(config.state_dir / "agent.db"))
     copying = CopyOrders(storage, config.tls_dir, config.run_dir, config.address)
     more = {**copying.handlers(), **ImageOrders(copying, config.tls_dir).handlers(), **SeedOrders(copying).handlers()}
+    more |= OsOrders(config.os_dirs, memory, config.run_dir, config.log_dir, config.node).handlers()
     standby = StandbyOrders.of(config)
     certificates = CertificateOrders(KeptInFiles(config.tls_dir), config.node, config.address)
     hypervisor = make_hypervisor(config)

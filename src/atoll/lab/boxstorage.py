@@ -36,9 +36,16 @@ class SharedDisks:
         self.files: dict[tuple[str, str], dict[str, Any]] = {}
         #: Block devices of nodes: (node, volume) -> ``rw`` or ``ro``.
         self.mapped: dict[tuple[str, str], str] = {}
+        #: Node (name) -> the names of its OS definitions, where they are not the usual ones.
+        self.definitions: dict[str, set[str]] = {}
         #: OS scripts that run now: (node, instance) -> what.
         self.scripts: dict[tuple[str, str], str] = {}
         self.fault: StorageFault | None = None
+
+    async def strike(self, node: str, method: str, phase: str) -> None:
+        """What a test does around an effect."""
+        if self.fault is not None:
+            await self.fault(node, method, phase)
 
     def forget_node(self, node: str) -> None:
         """Its power was cut."""
@@ -86,8 +93,7 @@ class BoxStorage:
         return result
 
     async def _point(self, method: str, phase: str) -> None:
-        if self._disks.fault is not None:
-            await self._disks.fault(self._node, method, phase)
+        await self._disks.strike(self._node, method, phase)
 
     def _place(self, ref: PoolRef) -> dict[str, dict[str, Any]]:
         key = f"{ref.id}@{ref.node}" if registry.info(ref.driver).node_local else ref.id

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from atoll.model.units import MAX_SIZE, MIB
-from atoll.operations.image_requests import OPEN_DIRECTORY, CloudInit, ImageSource
+from atoll.operations.image_requests import OPEN_DIRECTORY, CloudInit, ImageSource, OsName, OsParameters, OsTimeout
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=63)]
 Ref = Annotated[str, StringConstraints(min_length=1, max_length=128)]
@@ -232,7 +232,12 @@ class InstanceAdd(Request):
     node: Ref | None = None
     secondary: Ref | None = None
     group: Ref | None = None
-    os: str = ""
+    #: The OS definition whose scripts install it, as NAME or NAME+VARIANT.
+    os: OsName = ""
+    os_parameters: OsParameters = Field(default_factory=dict)
+    os_timeout: OsTimeout = 3600.0
+    #: ``os`` is only a note then.
+    no_install: bool = False
     kernel: str = ""
     initrd: str = ""
     append: str = ""
@@ -244,6 +249,22 @@ class InstanceAdd(Request):
     @property
     def only_admins(self) -> str:
         return _foreign([disk.image for disk in self.disks])
+
+
+class InstanceReinstall(Request):
+    """Let the scripts of an OS definition install it anew; all data on its disks may be lost. ``os`` None: the one it has."""
+
+    os: OsName | None = None
+    #: Those that are named are changed, the others stay; all of them go with another OS definition.
+    os_parameters: OsParameters = Field(default_factory=dict)
+    os_timeout: OsTimeout = 3600.0
+
+
+class InstanceRename(Rename):
+    """Give an instance a new name, and let the rename script of its OS definition tell the guest, if scripts have installed it."""
+
+    run_script: bool = True
+    os_timeout: OsTimeout = 600.0
 
 
 class InstanceRemove(Request):
@@ -336,7 +357,7 @@ class InstanceModify(Request):
 
     memory: Annotated[int, Field(ge=16 * MIB, le=1 << 46)] | None = None
     vcpus: Annotated[int, Field(ge=1, le=512)] | None = None
-    os: str | None = None
+    os: OsName | None = None
     kernel: str | None = None
     initrd: str | None = None
     append: str | None = None
