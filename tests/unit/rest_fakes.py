@@ -99,6 +99,7 @@ class FakeLeader:
         self.steered: list[tuple[str, int, str | None]] = []
         self.reported: list[tuple[str, NodeReport]] = []
         self.findings: list[Finding] = []
+        self.definitions: list[dict[str, Any]] = []
         self.refuse: AtollError | None = None
         self.refuse_state: AtollError | None = None
         self.tokens = {"read": Caller("ray", "reader"), "operate": Caller("olga", "operator"), "admin": Caller("ada", "admin")}
@@ -195,6 +196,9 @@ class FakeLeader:
     async def undo_job(self, job: int) -> None:
         self.steered.append(("undo", job, None))
         await self.end(job, Script(state=JobState.UNDONE))
+
+    async def os_definitions(self) -> list[dict[str, Any]]:
+        return self.definitions
 
     async def verify(self) -> list[Finding]:
         return self.findings

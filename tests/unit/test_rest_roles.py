@@ -28,6 +28,7 @@ OTHERS: dict[tuple[str, str], str] = {
     ("GET", "/v1/cluster/verify"): "reader",
     ("GET", "/v1/cluster/audit"): "admin",
     ("GET", "/v1/events"): "reader",
+    ("GET", "/v1/os"): "reader",
     ("GET", "/metrics"): "reader",
     **{("GET", f"/v1/{noun}s"): "reader" for noun in KINDS},
     **{("GET", f"/v1/{noun}s/{{target}}"): "reader" for noun in KINDS},

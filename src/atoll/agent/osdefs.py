@@ -160,7 +160,8 @@ def instance_environment(spec: dict[str, Any]) -> dict[str, str]:
         "INSTANCE_BE_MAXMEM": str(spec["memory"] >> 20),
         "INSTANCE_BE_MINMEM": str(spec["memory"] >> 20),
         "INSTANCE_BE_VCPUS": str(spec["vcpus"]),
-        # Ganeti's name for both of ours.
+        # Guests here always have one, on ttyS0.
+        "INSTANCE_HV_serial_console": "True",
         "HYPERVISOR": "kvm" if spec["hypervisor"] == "qemu" else spec["hypervisor"],
         "DISK_COUNT": str(len(spec["disks"])),
         "NIC_COUNT": str(len(spec["nics"])),

@@ -71,7 +71,7 @@ class OsOrders:
         return {"version": found.version}
 
     async def run(self, args: dict[str, Any], report: Report) -> Any:
-        """Run ``action`` (create, rename) on disks that are mapped. Errors: HostError with the end of the script's words, DeadlineExceeded,
+        """Run ``action`` (create, rename) on disks that are mapped. Errors: HostError with the end of the script's words,
         InUse (an earlier one hangs), StaleGeneration."""
         spec = args["spec"]
         refused = self._memory.refused(spec["instance"])

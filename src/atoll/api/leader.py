@@ -90,6 +90,9 @@ class Leader(Protocol):
     async def verify(self) -> list[Finding]:
         """Look at everything: strangers, half-made things, missing things, held things."""
 
+    async def os_definitions(self) -> list[dict[str, Any]]:
+        """The OS definitions on the nodes, as they tell of them now: name, variants, parameters, nodes, and problems."""
+
     async def join_token(self, name: str, group: str | None, rejoin: bool = False) -> str:
         """A token with which the node ``name`` may join once within 15 minutes. ``rejoin``: a node of the cluster that does not answer
         comes back with it. Errors: AlreadyExists, NodeAnswers."""

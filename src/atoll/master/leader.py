@@ -12,6 +12,7 @@ import structlog
 from atoll.api.events import Hub
 from atoll.api.leader import Caller, Finding, JoinAnswer, Submission
 from atoll.jobs.engine import Engine
+from atoll.master import definitions
 from atoll.master.admission import Admission
 from atoll.master.announce import Announcer
 from atoll.master.health import HealthMonitor
@@ -194,6 +195,10 @@ class MasterLeader:
         """See ``api.leader.Leader``."""
         found = [*await self._verifier.look(), *(finding for more in self.more_findings for finding in more())]
         return sorted(found, key=lambda finding: SEVERITIES.get(finding.severity, 3))
+
+    async def os_definitions(self) -> list[dict[str, Any]]:
+        """See ``api.leader.Leader``."""
+        return await definitions.collect(self._state, self.agents)
 
     # --- nodes ---
 

@@ -54,7 +54,7 @@ async def run_script(
 
     The claim is free afterwards: the agent has said that the script is gone, that nothing is mapped, and that it refuses the generation.
     A script that was broken off by the death of its agent is run again from its beginning. Its undo ends it; what it wrote stays.
-    Errors: those of ``activate_on``; HostError with the end of its words, DeadlineExceeded.
+    Errors: those of ``activate_on``; HostError with the end of its words.
     """
     suffix = f" for the {action} script"
     if span:

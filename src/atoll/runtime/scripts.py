@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atoll.model.errors import DeadlineExceeded, HostError, InUse
+from atoll.model.errors import HostError, InUse
 
 #: Bytes of output that a log keeps at most, and of stderr that an error tells.
 LOG_LIMIT, TAIL = 1 << 20, 1000
@@ -102,7 +102,7 @@ async def run(
 ) -> Ended:
     """Run a script with this environment alone, closed stdin, and ``lock`` held by every process of it. ``said`` gets its lines.
 
-    Errors: InUse (one with the same lock still runs), DeadlineExceeded (it is gone by then), HostError (it cannot be started). If the
+    Errors: InUse (one with the same lock still runs), HostError (it cannot be started, or was killed at the deadline). If the
     caller is cancelled, the script is killed and gone before the cancellation goes on.
     """
     await gone(lock)
@@ -134,7 +134,10 @@ async def run(
             await asyncio.gather(process.wait(), *readers)
     except TimeoutError:
         await _kill(process, lock)
-        raise DeadlineExceeded(f"{argv[0]} did not end within {deadline:g} s and was killed{_end(tails)}; see {log.path}") from None
+        # Not DeadlineExceeded: the outcome is known, and nobody shall try again.
+        raise HostError(
+            f"{argv[0]} did not end within {deadline:g} s and was killed{_end(tails)}", hint=f"give it more time, or see {log.path}"
+        ) from None
     finally:
         await _kill(process, lock)
         for reader in readers:
