@@ -301,6 +301,7 @@ def _check_storage(box: Box, marks: bool) -> None:
     assert not box.disks.scripts, f"scripts still run: {box.disks.scripts}"
     by_hand = {(node, v) for node, owners in box._attached.items() for o, kept in owners.items() if o.endswith(".by-hand") for v in kept}
     assert set(box.disks.mapped) == by_hand, f"mapped: {box.disks.mapped}, known: {by_hand}"
+    assert not [path for _, path in box.disks.exports if path.count(".") > 1], f"unfinished exports: {box.disks.exports}"
     assert not box.disks.served, f"still served for a copy: {box.disks.served}"
 
 
@@ -359,6 +360,11 @@ async def stopped(box: Box, **request: Any) -> None:
 
 async def installed(box: Box) -> None:
     await stopped(box, os="noop")
+
+
+async def exported(box: Box) -> None:
+    await running(box)
+    await box.do("instance.export", "web1", **EXPORT, shutdown=True)
 
 
 async def stopped_by_storage(box: Box) -> None:
@@ -449,6 +455,7 @@ async def activated(box: Box) -> None:
 IMAGE = {"node": "node2", "path": "/srv/debian.qcow2"}
 IMAGED = [{"image": IMAGE}]
 MIGRATES = ("done", "undone")
+EXPORT = {"node": "node2", "path": "/srv/web1.atoll"}
 STORIES = [
     Story("add", "instance.add", "", {"name": "new", "disks": [{"size": GIB}, {"size": GIB}], "memory": GIB, "node": "node1"}),
     Story("add-local", "instance.add", "", {"name": "new", "template": "local", "disks": [{"size": GIB}], "memory": GIB}, local),
@@ -458,6 +465,9 @@ STORIES = [
     Story("add-os", "instance.add", "", {"name": "new", "disks": [{"size": GIB}], "memory": GIB, "os": "noop"}),
     Story("reinstall", "instance.reinstall", "web1", {"os": "noop"}, stopped),
     Story("rename-os", "instance.rename", "web1", {"new_name": "www"}, installed),
+    Story("export", "instance.export", "web1", EXPORT, stopped),
+    Story("export-running", "instance.export", "web1", {**EXPORT, "shutdown": True, "timeout": 1.0}, running),
+    Story("import", "instance.import", "", {"name": "web2", **EXPORT, "template": "shared"}, exported),
     Story("remove", "instance.remove", "web1", {"timeout": 1.0}, running),
     Story("start", "instance.start", "web1", {}, stopped),
     Story("start-elsewhere", "instance.start", "web1", {"node": "node3"}, stopped),

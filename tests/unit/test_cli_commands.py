@@ -212,6 +212,26 @@ CASES: list[tuple[str, Sent]] = [
         "atoll instance reinstall web1 -f -O suite=sid --os-timeout 9",
         ("instance.reinstall", "web1", {"os_parameters": {"suite": "sid"}, "os_timeout": 9.0}),
     ),
+    (
+        "atoll instance export web1 node2:/srv/w.atoll --shutdown --timeout 5",
+        ("instance.export", "web1", {"node": "node2", "path": "/srv/w.atoll", "shutdown": True, "timeout": 5.0}),
+    ),
+    (
+        "atoll instance import w node2:/srv/w.atoll -t images --no-start",
+        ("instance.import", "", {"name": "w", "node": "node2", "path": "/srv/w.atoll", "template": "images", "start": False}),
+    ),
+    (
+        "gnt-backup export -n node1 web1",
+        (
+            "instance.export",
+            "web1",
+            {"node": "node1", "path": "/var/lib/atoll/exports/web1.atoll", "overwrite": True, "shutdown": True},
+        ),
+    ),
+    (
+        "gnt-backup import --src-node node1 -t images w",
+        ("instance.import", "", {"name": "w", "node": "node1", "path": "/var/lib/atoll/exports/w.atoll", "template": "images"}),
+    ),
     ("atoll instance tag web1 a", ("instance.tags", "web1", {"add": ["a"]})),
     ("atoll instance untag web1 a b", ("instance.tags", "web1", {"remove": ["a", "b"]})),
     ("atoll instance remove web1 -f --keep-disks", ("instance.remove", "web1", {"keep_disks": True})),

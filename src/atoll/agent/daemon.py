@@ -11,6 +11,7 @@ import structlog
 
 from atoll.agent.certificates import CertificateOrders
 from atoll.agent.copying import CopyOrders
+from atoll.agent.exporting import ExportOrders
 from atoll.agent.imaging import ImageOrders
 from atoll.agent.memory import Memory, open_database
 from atoll.agent.node import Agent
@@ -65,6 +66,7 @@ async def run(config: Config) -> None:
     memory = Memory(open_database(config.state_dir / "agent.db"))
     copying = CopyOrders(storage, config.tls_dir, config.run_dir, config.address)
     more = {**copying.handlers(), **ImageOrders(copying, config.tls_dir).handlers(), **SeedOrders(copying).handlers()}
+    more |= ExportOrders(copying).handlers()
     more |= OsOrders(config.os_dirs, memory, config.run_dir, config.log_dir, config.node).handlers()
     standby = StandbyOrders.of(config)
     certificates = CertificateOrders(KeptInFiles(config.tls_dir), config.node, config.address)

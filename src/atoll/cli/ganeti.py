@@ -1,4 +1,4 @@
-"""``gnt-cluster``, ``gnt-node``, ``gnt-group``, ``gnt-instance``, ``gnt-job``, ``gnt-os``, ``gnt-storage``: our commands with Ganeti's verbs."""
+"""Ganeti's programs, ``gnt-backup`` to ``gnt-storage``: our commands with Ganeti's verbs."""
 
 from __future__ import annotations
 
@@ -218,6 +218,17 @@ def _os() -> click.Group:
     return _program("os", ours, {})
 
 
+def _backup() -> click.Group:
+    from atoll.cli.backup import backup as ours
+
+    return _program("backup", ours, {})
+
+
+def backup() -> NoReturn:
+    """``gnt-backup``."""
+    run(_backup(), "gnt-backup")
+
+
 def cluster() -> NoReturn:
     """``gnt-cluster``."""
     run(_cluster(), "gnt-cluster")
@@ -254,6 +265,7 @@ def os() -> NoReturn:
 
 
 PROGRAMS = {
+    "backup": _backup,
     "cluster": _cluster,
     "node": _node,
     "group": _group,

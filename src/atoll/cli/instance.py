@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from atoll.cli import disks, movement, work
+from atoll.cli import backup, disks, movement, work
 from atoll.cli import tags as tagging
 from atoll.cli.lazy import OrderedGroup
 from atoll.cli.options import (
@@ -59,7 +59,7 @@ def _machine_options(function: Any) -> Any:
 def _os_options(function: Any) -> Any:
     for option in reversed(
         [
-            click.option("-O", "--os-parameters", "os_texts", multiple=True, metavar="NAME=VALUE,...", help="For the OS definition's scripts."),
+            click.option("-O", "--os-parameters", "os_texts", multiple=True, metavar="NAME=VALUE,...", help="For the scripts of -o."),
             click.option(
                 "--os-timeout", type=click.FloatRange(1, 82800), default=3600.0, show_default=True, help="Seconds that a script may take."
             ),
@@ -273,7 +273,7 @@ def remove(target: str, keep_disks: bool, timeout: float, force: bool, **options
     work.run("instance", "remove", target, {"keep_disks": keep_disks, "timeout": timeout}, **options)
 
 
-for _command in disks.COMMANDS:
+for _command in (*disks.COMMANDS, *backup.COMMANDS):
     instance.add_command(_command)
 
 

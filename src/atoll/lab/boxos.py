@@ -48,7 +48,8 @@ class BoxOs:
         await self._disks.strike(self._node, "os.run", "before")
         spec, disks = args["spec"], self._disks
         instance = spec["instance"]
-        disks.world.violations += [f"two scripts for {spec['name']}: on {node} and {self._node}" for node, i in disks.scripts if i == instance]
+        others = [node for node, other in disks.scripts if other == instance]
+        disks.world.violations += [f"two scripts for {spec['name']}: on {node} and {self._node}" for node in others]
         disks.scripts[self._node, instance] = args["action"]
         try:
             for part in range(PARTS):

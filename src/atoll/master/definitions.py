@@ -14,8 +14,8 @@ _DEADLINE = 30.0
 
 
 async def collect(state: State, agents: Agents) -> list[dict[str, Any]]:
-    """One row for each definition: its nodes, and ``problems`` (node -> what is wrong there). ``valid``: every node that runs guests has it,
-    alike. A node that does not answer is told as a problem of each."""
+    """One row for each definition: its nodes, and ``problems`` (node -> what is wrong there). ``valid``: every node that runs guests
+    has it, alike. A node that does not answer is told as a problem of each."""
     nodes = sorted((node for node in state.store.all(Node) if not node.offline and "vm" in node.roles), key=lambda node: node.name)
 
     async def one(node: Node) -> Any:

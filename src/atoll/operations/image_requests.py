@@ -9,6 +9,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 #: Below it everybody who may make instances may name files; elsewhere only admins may, for a file's bytes end up on a disk that they read.
 OPEN_DIRECTORY = "/var/lib/atoll/images"
+#: The same for exports, to write and to read.
+EXPORTS = "/var/lib/atoll/exports"
 
 
 def _plain_path(path: str) -> str:

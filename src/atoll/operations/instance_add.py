@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from atoll.operations import seed
 from atoll.operations.common import PlacementView, check_new_name, check_pool_open, frozen, locks, name_lock
 from atoll.operations.importing import DAY
 from atoll.operations.installing import check_definition, run_script
-from atoll.operations.making import delete_image, make_volume, mark_deleting, plan_volume
+from atoll.operations.making import Filler, delete_image, make_volume, mark_deleting, plan_volume
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import InstanceAdd, InstanceRemove
 from atoll.operations.running import detached, start_on, stop_on
@@ -155,6 +156,14 @@ def _forget(state: State, args: dict[str, Any]) -> Changes:
 
 async def _run_add(job: JobContext, request: dict[str, Any]) -> Any:
     plan = await job.read("plan", lambda: plan_add(job.state, request))
+    return await make_instance(job, request, plan)
+
+
+async def make_instance(
+    job: JobContext, request: dict[str, Any], plan: dict[str, Any], fill: Callable[[int, str, tuple[float, float]], Filler] | None = None
+) -> dict[str, Any]:
+    """Make what was planned, and start it if it is asked for. ``fill`` gives what writes into the new disk with an index and a volume
+    (see ``make_volume``), with its part of the job's percent."""
     instance = plan["instance"]
     if installs(request):
         await check_definition(job, instance, plan["node"], request["os"], request["os_parameters"])
@@ -173,7 +182,7 @@ async def _run_add(job: JobContext, request: dict[str, Any]) -> Any:
             pin=MachinePin(**plan["pin"]),
             os=request["os"],
             os_parameters=request["os_parameters"],
-            os_scripts=installs(request),
+            os_scripts=installs(request) or request.get("os_scripts", False),
             secondary=plan["secondary"],
             home=plan["node"],
             created=job.state.clock.now(),
@@ -186,7 +195,9 @@ async def _run_add(job: JobContext, request: dict[str, Any]) -> Any:
     for index, volume in enumerate(plan["volumes"]):
         low, high = (5 + 50 * n / len(plan["volumes"]) for n in (index, index + 1))
         job.progress(low, f"making disk {index}")
-        filler = partial(seed.write, job, request, instance, volume["volume"]) if volume.get("seed") else None
+        filler: Filler | None = partial(seed.write, job, request, instance, volume["volume"]) if volume.get("seed") else None
+        if fill is not None:
+            filler = fill(index, volume["volume"], (low, high))
         await make_volume(job, volume, instance=instance, span=(low, high), filler=filler)
     disks = tuple(Disk(volume=v["volume"], slot=i, mode=v["mode"]) for i, v in enumerate(plan["volumes"]))
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from atoll.model.units import MAX_SIZE, MIB
-from atoll.operations.image_requests import OPEN_DIRECTORY, CloudInit, ImageSource, OsName, OsParameters, OsTimeout
+from atoll.operations.image_requests import EXPORTS, OPEN_DIRECTORY, CloudInit, ImageSource, NodePath, OsName, OsParameters, OsTimeout
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=63)]
 Ref = Annotated[str, StringConstraints(min_length=1, max_length=128)]
@@ -27,6 +27,10 @@ class Request(BaseModel):
     def only_admins(self) -> str:
         """Why this request is for admins only although its operation is for operators too; empty = it is not."""
         return ""
+
+
+def _outside(path: str) -> str:
+    return "" if path.startswith(EXPORTS + "/") else f"{path} is outside of {EXPORTS}, where operators may have exports"
 
 
 def _foreign(images: list[ImageSource | None]) -> str:
@@ -265,6 +269,34 @@ class InstanceRename(Rename):
 
     run_script: bool = True
     os_timeout: OsTimeout = 600.0
+
+
+class InstanceExport(Request):
+    """Write a stopped instance into one file of ``node``, which reaches all its disks. ``shutdown`` stops a running one for that time."""
+
+    node: Ref
+    path: NodePath
+    overwrite: bool = False
+    shutdown: bool = False
+    timeout: Annotated[float, Field(ge=0, le=3600)] = 120.0
+
+    @property
+    def only_admins(self) -> str:
+        return _outside(self.path)
+
+
+class InstanceImport(Request):
+    """Make an instance from an export, a file of ``node``. ``template``: where its disks shall be; None: in pools of the same names."""
+
+    name: Name
+    node: Ref
+    path: NodePath
+    template: Ref | None = None
+    start: bool = True
+
+    @property
+    def only_admins(self) -> str:
+        return _outside(self.path)
 
 
 class InstanceRemove(Request):
