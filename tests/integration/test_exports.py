@@ -78,10 +78,10 @@ def test_a_running_guest_is_exported_and_comes_back_as_another(cluster: Cluster)
 
 
 def test_an_export_goes_on_with_the_next_agent_and_leaves_nothing_when_it_is_cancelled(cluster: Cluster) -> None:
-    disks = [{"size": 600 * MIB}]
+    disks = [{"size": 300 * MIB}]
     cluster.do("POST", "/v1/instances", name="big", template="shared", disks=disks, start=False, node="node1")
     with image(cluster, "big-disk0").open("r+b") as file:
-        for _ in range(600):
+        for _ in range(300):
             file.write(os.urandom(MIB))
     place = {"node": "node2", "path": f"{EXPORTS}/big.atoll"}
 
@@ -89,13 +89,13 @@ def test_an_export_goes_on_with_the_next_agent_and_leaves_nothing_when_it_is_can
         return [path for path in exports(cluster, "node2").iterdir() if path.name.endswith(".partial")]
 
     number = cluster.submit("POST", "/v1/instances/big/export", **place)
-    until(lambda: [p for p in partial() if p.stat().st_size > 20 * MIB], "the export is written")
+    until(lambda: [p for p in partial() if p.stat().st_size > 5 * MIB], "the export is written")
     cluster.request("POST", f"/v1/jobs/{number}/cancel", {})
     assert cluster.end_of(number)["state"] == "undone"
     assert list(exports(cluster, "node2").iterdir()) == []
 
     number = cluster.submit("POST", "/v1/instances/big/export", **place)
-    until(lambda: [p for p in partial() if p.stat().st_size > 20 * MIB], "the export is written")
+    until(lambda: [p for p in partial() if p.stat().st_size > 5 * MIB], "the export is written")
     cluster.node("node2").kill_service("agent", signal.SIGKILL)
     ended = cluster.end_of(number)
     assert ended["state"] == "done", ended

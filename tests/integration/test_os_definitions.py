@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -11,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import MIB, PATIENCE, Cluster, until
+from support import CACHE, MIB, PATIENCE, Cluster, until
+
+from atoll.lab import debian
 
 pytestmark = [
     pytest.mark.root,
@@ -220,3 +223,68 @@ def test_disks_of_a_stopped_instance_are_mapped_for_an_administrator(cluster: Cl
     assert loops() == []
     assert image(cluster, "db-disk0").read_bytes()[:7] == b"mapped\n"
     cluster.do("DELETE", "/v1/instances/db")
+
+
+# --- Debian's own definition, unchanged ---
+
+PACKAGE = "ganeti-instance-debootstrap"
+SETTINGS = "SUITE=bookworm\nPARTITION_STYLE=none\n"
+
+
+def unpacked(place: Path) -> Path:
+    """Debian's package, from its archive at the first run."""
+    deb = CACHE / f"{PACKAGE}.deb"
+    if not deb.exists():
+        done = subprocess.run(["apt-get", "download", PACKAGE], cwd=place, capture_output=True, text=True, check=False, timeout=120)
+        if done.returncode:
+            pytest.skip(f"the package {PACKAGE} cannot be had: {done.stderr.strip()[-200:]}")
+        shutil.move(next(place.glob("*.deb")), deb)
+    subprocess.run(["dpkg", "-x", deb, place / "root"], check=True, timeout=60)
+    return place / "root"
+
+
+@pytest.mark.qemu
+@pytest.mark.skipif(not shutil.which("mmdebstrap") or not shutil.which("extlinux"), reason="mmdebstrap or extlinux is not installed")
+def test_debians_own_definition_installs_what_boots(cluster: Cluster, tmp_path: Path) -> None:
+    node = cluster.node("node1")
+    package = unpacked(tmp_path)
+    shutil.copytree(package / "usr/share/ganeti/os/debootstrap", node.root / HOME.lstrip("/") / "debootstrap", symlinks=True)
+    shutil.copytree(package / "etc/ganeti", node.root / "etc/ganeti", dirs_exist_ok=True)
+    (node.root / f"etc/default/{PACKAGE}").write_text(SETTINGS)
+    (node.root / "etc/resolv.conf").touch()
+    # What its debootstrap would fetch is in the definition's own cache: the nodes of a lab reach no archive.
+    source = tmp_path / "debian"
+    source.mkdir()
+    subprocess.run(["mount", "-o", f"loop,ro,offset={MIB}", debian.build(), source], check=True, timeout=60)
+    try:
+        cache = node.root / f"var/cache/{PACKAGE}"
+        cache.mkdir(parents=True)
+        # A standard Debian has ifupdown; this small one has not.
+        (tmp_path / "more/etc/network").mkdir(parents=True)
+        tar = ["tar", "-cf", cache / "cache-bookworm-amd64.tar", "-C", source, ".", "-C", tmp_path / "more", "./etc/network"]
+        subprocess.run(tar, check=True, timeout=120)
+        boot = {}
+        for name, file in (("kernel", "vmlinuz"), ("initrd", "initrd.img")):
+            shutil.copy(next((source / "boot").glob(f"{file}-*")), node.root / f"var/lib/atoll/{name}")
+            boot[name] = f"/var/lib/atoll/{name}"
+    finally:
+        subprocess.run(["umount", source], check=True, timeout=60)
+    append = "root=/dev/vda rw console=ttyS0 quiet nokaslr mitigations=off panic=1 init=/sbin/atoll-init"
+    body = add("deb", "debootstrap+default", os_parameters={"filesystem": "ext4"}, disks=[{"size": 640 * MIB}], memory=192 * MIB)
+    job = cluster.do("POST", "/v1/instances", **{**body, **boot, "append": append, "start": True})
+    console = node.run_dir / "logs" / job["result"]["instance"] / "console.log"
+
+    def words() -> str:
+        text = console.read_text(errors="replace") if console.exists() else ""
+        return text if "DISK-READY" in text else ""
+
+    said = until(words, "its boot", 180)
+    assert "root /dev/vda ext4" in said
+    cluster.do("POST", "/v1/instances/deb/stop", timeout=0)
+    disk = image(cluster, "deb-disk0")
+    assert cat(disk, "/etc/hostname") == "deb\n"
+    assert "UUID=" in cat(disk, "/etc/fstab")
+    cluster.do("POST", "/v1/instances/deb/rename", new_name="sid")
+    assert cat(image(cluster, "sid-disk0"), "/etc/hostname") == "sid\n"
+    nothing_left(cluster)
+    cluster.do("DELETE", "/v1/instances/sid")

@@ -25,6 +25,15 @@ def instance_of(box: Box, name: str = "web1") -> Instance:
     return box.master.state.store.find(Instance, name)
 
 
+async def begun(box: Box) -> str:
+    """The node on which a script runs, once it does."""
+    for _ in range(300):
+        if box.disks.scripts:
+            return next(iter(box.disks.scripts))[0]
+        await asyncio.sleep(0.1)
+    raise AssertionError("no script has begun")
+
+
 def claim_of(box: Box) -> Claim:
     return box.master.state.claim(instance_of(box).id)
 
@@ -119,9 +128,7 @@ def test_while_the_agent_of_a_script_is_silent_the_disks_are_nobody_elses() -> N
         await stopped(box)
         number = (await box.submit("instance.reinstall", "web1", os="noop")).job
         assert number is not None
-        while not box.disks.scripts:
-            await asyncio.sleep(0.1)
-        node = next(iter(box.disks.scripts))[0]
+        node = await begun(box)
         box.cut.add(node)
         await asyncio.sleep(30)
         await box.master.cancel_job(number)
@@ -151,9 +158,7 @@ def test_the_node_of_a_script_dies_and_a_persons_word_frees_the_disks() -> None:
         await stopped(box)
         number = (await box.submit("instance.reinstall", "web1", os="noop")).job
         assert number is not None
-        while not box.disks.scripts:
-            await asyncio.sleep(0.1)
-        node = next(iter(box.disks.scripts))[0]
+        node = await begun(box)
         await box.power_cut(node)
         await asyncio.sleep(30)
         await box.do("node.declare-dead", node)
