@@ -300,6 +300,10 @@ def _check_storage(box: Box, marks: bool) -> None:
     assert not [mark for mark in box.disks.marks if mark.startswith("probe ")], "a probe lock stays"
     assert not box.disks.scripts, f"scripts still run: {box.disks.scripts}"
     by_hand = {(node, v) for node, owners in box._attached.items() for o, kept in owners.items() if o.endswith(".by-hand") for v in kept}
+    for node, owners in box._attached.items():
+        for owner in (o.removesuffix(".by-hand") for o, kept in owners.items() if o.endswith(".by-hand") and kept):
+            holder = box.master.state.claim(owner).holder
+            assert holder == box.nodes[node], f"disks of {owner} are mapped on {node}, but its claim is held by {holder}"
     assert set(box.disks.mapped) == by_hand, f"mapped: {box.disks.mapped}, known: {by_hand}"
     assert not [path for _, path in box.disks.exports if path.count(".") > 1], f"unfinished exports: {box.disks.exports}"
     assert not box.disks.served, f"still served for a copy: {box.disks.served}"

@@ -95,6 +95,10 @@ def test_a_script_that_fails_leaves_nothing_of_an_add_and_the_record_of_a_reinst
         await box.do("instance.reinstall", "web1")
         assert content(box, "web1-disk0") == "create noop web1"
         assert instance_of(box).os_parameters == {"suite": "sid"}
+        claim = claim_of(box)
+        assert claim.holder is None, "it can be started anywhere"
+        node = box.agents["node1"]
+        assert node.memory.refused(instance_of(box).id) == claim.generation, "and a late copy of the script's order is refused"
         check(box)
         await box.close()
 
