@@ -41,7 +41,7 @@ class Definition(BaseModel):
 def split(text: str) -> tuple[str, str]:
     """Name and variant of ``NAME[+VARIANT]``. Errors: InvalidInput."""
     name, plus, variant = text.partition("+")
-    if not _NAME.match(name) or (plus and not _NAME.match(variant)):
+    if not _NAME.fullmatch(name) or (plus and not _NAME.fullmatch(variant)):
         raise InvalidInput(f"{text!r} is not the name of an OS definition", hint="NAME or NAME+VARIANT, as atoll os list shows them")
     return name, variant
 
@@ -55,7 +55,7 @@ def find_all(directories: tuple[Path, ...]) -> list[Definition]:
         except OSError:
             continue
         for name in names:
-            if _NAME.match(name) and name not in found and (directory / name).is_dir():
+            if _NAME.fullmatch(name) and name not in found and (directory / name).is_dir():
                 found[name] = read(directory / name)
     return [found[name] for name in sorted(found)]
 

@@ -38,13 +38,13 @@ class ImageSource(BaseModel):
 
 
 def _os(text: str) -> str:
-    if text and not _OS.match(text):
+    if text and not _OS.fullmatch(text):
         raise ValueError("the name of an OS definition is NAME or NAME+VARIANT")
     return text
 
 
 def _parameters(given: dict[str, str]) -> dict[str, str]:
-    if len(given) > 64 or any(not _PARAMETER.match(name) for name in given):
+    if len(given) > 64 or any(not _PARAMETER.fullmatch(name) for name in given):
         raise ValueError("names of OS parameters are letters, digits and _, and there are 64 at most")
     if any("\0" in value or len(value) > 4096 for value in given.values()):
         raise ValueError("values of OS parameters have 4096 characters at most, and no NUL")
