@@ -68,7 +68,7 @@ def test_a_read_only_mapping_takes_no_write_and_is_no_other(place: Place) -> Non
 
 
 def test_it_does_not_end_while_somebody_has_it_open(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loops.detach, "__defaults__", (0.2,))
+    monkeypatch.setattr(loops.detach, "__defaults__", (0.2, None))
     with open(place.map(), "r+b") as device:
         with pytest.raises(DiskInUse, match="still in use"):
             place.half.unmap(place.connection)

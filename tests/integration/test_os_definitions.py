@@ -288,3 +288,23 @@ def test_debians_own_definition_installs_what_boots(cluster: Cluster, tmp_path: 
     assert cat(image(cluster, "sid-disk0"), "/etc/hostname") == "sid\n"
     nothing_left(cluster)
     cluster.do("DELETE", "/v1/instances/sid")
+
+
+def test_a_power_cut_ends_what_was_mapped_and_the_word_of_a_person_frees_the_disks(cluster: Cluster) -> None:
+    number = cluster.submit("POST", "/v1/instances", **add("gone", "endless+lean", node="node2"))
+    until(lambda: sleepers(4243), "the script runs")
+    cluster.node("node2").kill()
+    assert loops() == []
+    assert sleepers(4243) == []
+    cluster.wait_silent("node2")
+    cluster.do("POST", "/v1/nodes/node2/declare-dead")
+    cluster.request("POST", f"/v1/jobs/{number}/cancel", {})
+    ended = cluster.end_of(number)
+    if ended["state"] == "needs-attention":
+        cluster.request("POST", f"/v1/jobs/{number}/undo", {})
+        ended = cluster.end_of(number)
+    assert ended["state"] == "undone", ended
+    assert cluster.items("instances") == []
+    cluster.node("node2").boot()
+    cluster.wait_alive()
+    nothing_left(cluster)

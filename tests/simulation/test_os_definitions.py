@@ -178,6 +178,38 @@ def test_the_node_of_a_script_dies_and_a_persons_word_frees_the_disks() -> None:
     simulate(run)
 
 
+@pytest.mark.parametrize("how", ["script", "by hand"])
+def test_a_node_that_was_called_dead_in_error_gives_up_the_disks_when_it_returns(how: str) -> None:
+    async def run() -> None:
+        box = await cluster()
+        await stopped(box)
+        if how == "script":
+            number = (await box.submit("instance.reinstall", "web1", os="noop")).job
+            node = await begun(box)
+        else:
+            await box.do("instance.activate-disks", "web1", node="node2")
+            number, node = None, "node2"
+        box.cut.add(node)
+        await asyncio.sleep(30)
+        await box.do("node.declare-dead", node)
+        if number is not None:
+            await box.master.cancel_job(number)
+            assert (await box.end_of(number)).state is JobState.UNDONE
+        other = "node3" if node != "node3" else "node1"
+        assert [key for key in box.disks.mapped if key[0] == node], "it has them still"
+        await box.do("instance.failover" if how == "by hand" else "instance.start", "web1", node=other)
+        # The person was wrong: from here to the node's return there were two.
+        box.world.violations.clear()
+        box.cut.clear()
+        await settle(box, 60.0)
+        assert box.disks.mapped == {}
+        assert box.master.state.answers(box.nodes[node])
+        check(box)
+        await box.close()
+
+    simulate(run)
+
+
 def test_an_export_is_made_once_and_comes_back_with_its_parameters() -> None:
     async def run() -> None:
         box = await cluster()

@@ -67,11 +67,13 @@ async def run(config: Config) -> None:
     copying = CopyOrders(storage, config.tls_dir, config.run_dir, config.address)
     more = {**copying.handlers(), **ImageOrders(copying, config.tls_dir).handlers(), **SeedOrders(copying).handlers()}
     more |= ExportOrders(copying).handlers()
-    more |= OsOrders(config.os_dirs, memory, config.run_dir, config.log_dir, config.node).handlers()
+    scripts = OsOrders(config.os_dirs, memory, config.run_dir, config.log_dir, config.node)
+    more |= scripts.handlers()
     standby = StandbyOrders.of(config)
     certificates = CertificateOrders(KeptInFiles(config.tls_dir), config.node, config.address)
     hypervisor = make_hypervisor(config)
     agent = Agent(config.node, hypervisor, storage, memory, config.run_dir, more, standby=standby, certificates=certificates)
+    scripts.still = agent.contact.check
     await tidy(agent)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

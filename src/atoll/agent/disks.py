@@ -77,6 +77,10 @@ class Attachments:
             gone |= set(await self._storage.connector("leftovers", driver.name, "unmap_others", QUICK, keep=known))
         return sorted(gone)
 
+    def owners_by_hand(self) -> list[str]:
+        """Instances of whose disks something is attached apart from their guests."""
+        return sorted(owner.removesuffix(by_hand("")) for owner, kept in self._kept.items() if kept and owner.endswith(by_hand("")))
+
     def holds(self, owner: str) -> bool:
         """Whether anything is attached for the owner."""
         return bool(self._kept.get(owner))
@@ -134,6 +138,7 @@ class StorageOrders:
         handlers["disks.connect"] = self.connect
         handlers["disks.activate"] = self.activate
         handlers["disks.deactivate"] = self.deactivate
+        handlers["disks.mapped"] = self.mapped
         return handlers
 
     def _pool(self, method: str, deadline: float) -> Handler:
@@ -199,6 +204,10 @@ class StorageOrders:
             await self._attachments.detach(by_hand(args["owner"]))
             raise
         return paths
+
+    async def mapped(self, args: dict[str, Any], report: Report) -> Any:
+        """The instances whose disks are active here, apart from guests."""
+        return self._attachments.owners_by_hand()
 
     async def deactivate(self, args: dict[str, Any], report: Report) -> Any:
         """End that."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ class OsOrders:
     def __init__(self, directories: tuple[Path, ...], memory: Memory, run_dir: Path, log_dir: Path, node: str) -> None:
         self._directories, self._memory, self._node = directories, memory, node
         self._run_dir, self._log_dir = run_dir / "os", log_dir / "os"
+        self._tasks: dict[str, asyncio.Task[Any]] = {}
+        #: Called with an order's name just before a script begins; raises when this node is not counted on any more.
+        self.still: Callable[[str], None] = lambda order: None
 
     def handlers(self) -> dict[str, Handler]:
         """Method -> handler."""
@@ -80,7 +84,16 @@ class OsOrders:
         found, variant = await self._found(args)
         env = {**osdefs.environment(found, variant, args["parameters"]), **osdefs.instance_environment({**spec, "node": self._node})}
         action = args["action"]
-        ended, log = await self._script(found, [action], env, spec["instance"], args["timeout"], report, about=spec["name"])
+        await scripts.gone(self._lock(spec["instance"]))
+        # That may have taken long: the instance may be somebody else's by now.
+        self.still("os.run")
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks[spec["instance"]] = task
+        try:
+            ended, log = await self._script(found, [action], env, spec["instance"], args["timeout"], report, about=spec["name"])
+        finally:
+            del self._tasks[spec["instance"]]
         if ended.code:
             how = f"was killed by signal {-ended.code}" if ended.code < 0 else f"failed with code {ended.code}"
             said = ended.stderr or ended.stdout
@@ -120,7 +133,12 @@ class OsOrders:
                 old.unlink()
 
     async def unrun(self, args: dict[str, Any], report: Report) -> Any:
-        """The script is gone: the order that ran it was cancelled, or died with an earlier agent. What it wrote stays. Errors: InUse."""
+        """The script is gone: the order that ran it was cancelled, or died with an earlier agent. What it wrote stays. ``kill``: it may run
+        still. Errors: InUse (something of it hangs)."""
+        task = self._tasks.get(args["instance"])
+        if task is not None and args.get("kill"):
+            task.cancel()
+            await asyncio.wait([task])
         lock = self._lock(args["instance"])
         await scripts.gone(lock)
         with contextlib.suppress(OSError):

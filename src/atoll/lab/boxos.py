@@ -20,6 +20,7 @@ class BoxOs:
 
     def __init__(self, disks: SharedDisks, node: str) -> None:
         self._disks, self._node = disks, node
+        self._killed: set[str] = set()
 
     def handlers(self) -> dict[str, Handler]:
         """Method -> handler."""
@@ -54,6 +55,9 @@ class BoxOs:
         try:
             for part in range(PARTS):
                 await asyncio.sleep(PART)
+                if instance in self._killed:
+                    self._killed.discard(instance)
+                    raise HostError("the script was killed")
                 for disk in spec["disks"]:
                     if disks.mapped.get((self._node, disk["volume"])) != disk["mode"]:
                         disks.world.violations.append(f"the script of {spec['name']} on {self._node} writes what is not mapped")
@@ -71,5 +75,8 @@ class BoxOs:
         return {"log": "/var/log/atoll/os/noop.log"}
 
     async def unrun(self, args: dict[str, Any], report: Report) -> Any:
+        if args.get("kill") and (self._node, args["instance"]) in self._disks.scripts:
+            self._killed.add(args["instance"])
+            await asyncio.sleep(2 * PART)
         if (self._node, args["instance"]) in self._disks.scripts:
             raise HostError("an earlier script still runs")

@@ -24,15 +24,24 @@ _CONFIG = struct.Struct("=II232s64x")
 PATIENCE = 15.0
 
 
-def _name(volume: str) -> bytes:
-    """The name of this node's mapping of a volume; the kernel keeps 63 bytes."""
-    return f"atoll:{volume}:{os.uname().nodename}".encode()[:63]
+def _machine() -> str:
+    """Which node this is, in names of loop devices: nodes in containers share one kernel, and its devices."""
+    try:
+        return Path("/etc/machine-id").read_text().strip()[:32] or os.uname().nodename[:32]
+    except OSError:
+        return os.uname().nodename[:32]
 
 
-def _volume(name: bytes) -> str | None:
-    """The volume of a mapping of this node's; None for any other loop device."""
-    parts = name.rstrip(b"\0").decode(errors="replace").split(":")
-    return parts[1] if len(parts) == 3 and name.rstrip(b"\0") == _name(parts[1]) else None
+def _name(volume: str, machine: str) -> bytes:
+    """The name of a node's mapping of a volume; the kernel keeps 63 bytes."""
+    return f"atoll:{volume}:{machine}".encode()[:63]
+
+
+def _parts(name: bytes) -> tuple[str, str] | None:
+    """Machine and volume of a mapping of ours; None for any other loop device."""
+    word, _, rest = name.rstrip(b"\0").decode(errors="replace").partition(":")
+    volume, colon, machine = rest.partition(":")
+    return (machine, volume) if word == "atoll" and colon else None
 
 
 def _status(device: int) -> tuple[tuple[int, int], int, bytes] | None:
@@ -59,8 +68,8 @@ def _open(number: int, flags: int = os.O_RDONLY) -> int:
         return os.open(path, flags | os.O_CLOEXEC)
 
 
-def mapped() -> dict[str, int]:
-    """Volume -> the number of its loop device, of this node's mappings. Errors: HostError."""
+def everybodys() -> dict[tuple[str, str], int]:
+    """(machine id, volume) -> the number of its loop device, of all mappings on this kernel. Errors: HostError."""
     found = {}
     for entry in Path("/sys/block").glob("loop*"):
         if not (entry / "loop").is_dir():
@@ -72,12 +81,18 @@ def mapped() -> dict[str, int]:
             continue  # it has gone meanwhile
         try:
             status = _status(device)
-            volume = _volume(status[2]) if status else None
+            parts = _parts(status[2]) if status else None
         finally:
             os.close(device)
-        if volume:
-            found[volume] = number
+        if parts:
+            found[parts] = number
     return found
+
+
+def mapped(machine: str | None = None) -> dict[str, int]:
+    """Volume -> the number of its loop device, of this node's mappings (or another one's). Errors: HostError."""
+    wanted = machine or _machine()
+    return {volume: number for (found, volume), number in everybodys().items() if found == wanted}
 
 
 def attach(image: int, volume: str, *, read_only: bool) -> str:
@@ -105,7 +120,7 @@ def _check_same(number: int, image: int, volume: str, read_only: bool) -> None:
 
 def _new(image: int, volume: str, read_only: bool) -> int:
     flags = _PARTITIONS | (_READ_ONLY if read_only else 0)
-    info = _INFO.pack(0, 0, 0, 0, 0, 0, 0, 0, flags, _name(volume), b"", b"", 0, 0)
+    info = _INFO.pack(0, 0, 0, 0, 0, 0, 0, 0, flags, _name(volume, _machine()), b"", b"", 0, 0)
     control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
     try:
         # Somebody else may take the free one between the two calls.
@@ -126,7 +141,7 @@ def _new(image: int, volume: str, read_only: bool) -> int:
     raise HostError("no loop device stays free long enough to be used", hint="losetup --list")
 
 
-def detach(volume: str, patience: float = PATIENCE) -> None:
+def detach(volume: str, patience: float = PATIENCE, machine: str | None = None) -> None:
     """End a volume's mapping, with all that was written through it on the disk; not mapped is success.
 
     Errors: DiskInUse (somebody has the device open or mounted; it goes when they let go, and what is written until then is the
@@ -134,7 +149,7 @@ def detach(volume: str, patience: float = PATIENCE) -> None:
     """
     end = time.monotonic() + patience
     asked = False
-    while (number := mapped().get(volume)) is not None:
+    while (number := mapped(machine).get(volume)) is not None:
         try:
             device = _open(number)
             try:
@@ -148,7 +163,7 @@ def detach(volume: str, patience: float = PATIENCE) -> None:
         except OSError as error:
             if error.errno not in (errno.ENXIO, errno.EBUSY, errno.ENOENT):
                 raise HostError(f"/dev/loop{number} of {volume} cannot be detached: {error.strerror}") from None
-        if mapped().get(volume) is None:
+        if mapped(machine).get(volume) is None:
             return
         if time.monotonic() > end:
             raise DiskInUse(
