@@ -82,7 +82,8 @@ def _about(option: click.Option) -> str:
 
 def ganeti() -> str:
     lines = [
-        "`gnt-cluster`, `gnt-node`, `gnt-group`, `gnt-instance`, `gnt-job` and `gnt-storage` are `atoll`'s commands with Ganeti's verbs,",
+        "`gnt-backup`, `gnt-cluster`, `gnt-node`, `gnt-group`, `gnt-instance`, `gnt-job`, `gnt-os` and `gnt-storage`",
+        "are `atoll`'s commands with Ganeti's verbs,",
         "option names, list fields and status words. What is listed here works as in Ganeti, so that scripts go on; `atoll` remains the",
         "place where new things come first.",
         "",

@@ -138,13 +138,13 @@ class Cluster:
         found: dict[str, Any] = self.get(f"/v1/{noun}/{name}")
         return found
 
-    def submit(self, method: str, path: str, **body: Any) -> int:
+    def submit(self, method: str, path: str, /, **body: Any) -> int:
         """The job's number."""
         status, data = self.request(method, path, body, str(uuid.uuid4()))
         assert status == 202, data
         return int(data["job"])
 
-    def refused(self, method: str, path: str, **body: Any) -> str:
+    def refused(self, method: str, path: str, /, **body: Any) -> str:
         """The code of the error with which the request, or else its job, is refused."""
         status, data = self.request(method, path, body, str(uuid.uuid4()))
         if status == 202:
@@ -162,7 +162,7 @@ class Cluster:
                 return found
             assert time.monotonic() < end, f"job {job} has not ended: {found}"
 
-    def do(self, method: str, path: str, **body: Any) -> dict[str, Any]:
+    def do(self, method: str, path: str, /, **body: Any) -> dict[str, Any]:
         """Until it is done."""
         found = self.end_of(self.submit(method, path, **body))
         assert found["state"] == "done", found

@@ -174,6 +174,7 @@ class Ticking:
     async def _tick(self) -> None:
         while True:
             self.box.world.tick()
+            self.box.disks.look()
             await asyncio.sleep(TICK)
 
     async def __aenter__(self) -> Ticking:
@@ -297,6 +298,14 @@ def _check_storage(box: Box, marks: bool) -> None:
     assert marked >= pools, f"pools without their marks: {pools - marked}"
     assert marked == pools or marks, f"marks of pools that are not there: {marked - pools}"
     assert not [mark for mark in box.disks.marks if mark.startswith("probe ")], "a probe lock stays"
+    assert not box.disks.scripts, f"scripts still run: {box.disks.scripts}"
+    by_hand = {(node, v) for node, owners in box._attached.items() for o, kept in owners.items() if o.endswith(".by-hand") for v in kept}
+    for node, owners in box._attached.items():
+        for owner in (o.removesuffix(".by-hand") for o, kept in owners.items() if o.endswith(".by-hand") and kept):
+            holder = box.master.state.claim(owner).holder
+            assert holder == box.nodes[node], f"disks of {owner} are mapped on {node}, but its claim is held by {holder}"
+    assert set(box.disks.mapped) == by_hand, f"mapped: {box.disks.mapped}, known: {by_hand}"
+    assert not [path for _, path in box.disks.exports if path.count(".") > 1], f"unfinished exports: {box.disks.exports}"
     assert not box.disks.served, f"still served for a copy: {box.disks.served}"
 
 
@@ -351,6 +360,15 @@ async def running(box: Box, name: str = "web1", **request: Any) -> None:
 async def stopped(box: Box, **request: Any) -> None:
     await running(box, **request)
     await box.do("instance.stop", "web1", timeout=1.0)
+
+
+async def installed(box: Box) -> None:
+    await stopped(box, os="noop")
+
+
+async def exported(box: Box) -> None:
+    await running(box)
+    await box.do("instance.export", "web1", **EXPORT, shutdown=True)
 
 
 async def stopped_by_storage(box: Box) -> None:
@@ -441,12 +459,19 @@ async def activated(box: Box) -> None:
 IMAGE = {"node": "node2", "path": "/srv/debian.qcow2"}
 IMAGED = [{"image": IMAGE}]
 MIGRATES = ("done", "undone")
+EXPORT = {"node": "node2", "path": "/srv/web1.atoll"}
 STORIES = [
     Story("add", "instance.add", "", {"name": "new", "disks": [{"size": GIB}, {"size": GIB}], "memory": GIB, "node": "node1"}),
     Story("add-local", "instance.add", "", {"name": "new", "template": "local", "disks": [{"size": GIB}], "memory": GIB}, local),
     Story("add-image", "instance.add", "", {"name": "new", "disks": IMAGED, "memory": GIB, "node": "node1"}, image_on("node2")),
     Story("add-seed", "instance.add", "", {"name": "new", "disks": [{"size": GIB}], "cloud_init": {"user_data": "#!/bin/sh"}}),
     Story("add-image-local", "instance.add", "", {"name": "new", "node": "node1", "template": "local", "disks": IMAGED}, local_image),
+    Story("add-os", "instance.add", "", {"name": "new", "disks": [{"size": GIB}], "memory": GIB, "os": "noop"}),
+    Story("reinstall", "instance.reinstall", "web1", {"os": "noop"}, stopped),
+    Story("rename-os", "instance.rename", "web1", {"new_name": "www"}, installed),
+    Story("export", "instance.export", "web1", EXPORT, stopped),
+    Story("export-running", "instance.export", "web1", {**EXPORT, "shutdown": True, "timeout": 1.0}, running),
+    Story("import", "instance.import", "", {"name": "web2", **EXPORT, "template": "shared"}, exported),
     Story("remove", "instance.remove", "web1", {"timeout": 1.0}, running),
     Story("start", "instance.start", "web1", {}, stopped),
     Story("start-elsewhere", "instance.start", "web1", {"node": "node3"}, stopped),

@@ -100,6 +100,7 @@ class FakeLeader:
         self.reported: list[tuple[str, NodeReport]] = []
         self.findings: list[Finding] = []
         self.looked: list[dict[str, Any]] = []
+        self.definitions: list[dict[str, Any]] = []
         self.refuse: AtollError | None = None
         self.refuse_state: AtollError | None = None
         self.tokens = {"read": Caller("ray", "reader"), "operate": Caller("olga", "operator"), "admin": Caller("ada", "admin")}
@@ -196,6 +197,9 @@ class FakeLeader:
     async def undo_job(self, job: int) -> None:
         self.steered.append(("undo", job, None))
         await self.end(job, Script(state=JobState.UNDONE))
+
+    async def os_definitions(self) -> list[dict[str, Any]]:
+        return self.definitions
 
     async def verify(self) -> list[Finding]:
         return self.findings

@@ -192,6 +192,47 @@ CASES: list[tuple[str, Sent]] = [
     ),
     ("atoll instance modify web1 --net none", ("instance.modify", "web1", {"nics": []})),
     ("atoll instance rename web1 web9", ("instance.rename", "web1", {"new_name": "web9"})),
+    (
+        "atoll instance add w -s 1G -o debian+lean -O suite=trixie,arch=amd64 -O proxy=none --os-timeout 60",
+        (
+            "instance.add",
+            "",
+            {
+                "name": "w",
+                "disks": [_disk(size=GIB)],
+                "os": "debian+lean",
+                "os_parameters": {"suite": "trixie", "arch": "amd64", "proxy": "none"},
+                "os_timeout": 60.0,
+            },
+        ),
+    ),
+    ("atoll instance add w -o note --no-install", ("instance.add", "", {"name": "w", "os": "note", "no_install": True})),
+    ("atoll instance rename web1 web9 --no-script", ("instance.rename", "web1", {"new_name": "web9", "run_script": False})),
+    ("gnt-instance reinstall -f -o noop web1", ("instance.reinstall", "web1", {"os": "noop"})),
+    (
+        "atoll instance reinstall web1 -f -O suite=sid --os-timeout 9",
+        ("instance.reinstall", "web1", {"os_parameters": {"suite": "sid"}, "os_timeout": 9.0}),
+    ),
+    (
+        "atoll instance export web1 node2:/srv/w.atoll --shutdown --timeout 5",
+        ("instance.export", "web1", {"node": "node2", "path": "/srv/w.atoll", "shutdown": True, "timeout": 5.0}),
+    ),
+    (
+        "atoll instance import w node2:/srv/w.atoll -t images --no-start",
+        ("instance.import", "", {"name": "w", "node": "node2", "path": "/srv/w.atoll", "template": "images", "start": False}),
+    ),
+    (
+        "gnt-backup export -n node1 web1",
+        (
+            "instance.export",
+            "web1",
+            {"node": "node1", "path": "/var/lib/atoll/exports/web1.atoll", "overwrite": True, "shutdown": True},
+        ),
+    ),
+    (
+        "gnt-backup import --src-node node1 -t images w",
+        ("instance.import", "", {"name": "w", "node": "node1", "path": "/var/lib/atoll/exports/w.atoll", "template": "images"}),
+    ),
     ("atoll instance tag web1 a", ("instance.tags", "web1", {"add": ["a"]})),
     ("atoll instance untag web1 a b", ("instance.tags", "web1", {"remove": ["a", "b"]})),
     ("atoll instance remove web1 -f --keep-disks", ("instance.remove", "web1", {"keep_disks": True})),
@@ -344,7 +385,7 @@ async def test_help_of_every_command_says_what_it_does() -> None:
     walk(atoll, ["atoll"])
     for name, make in ganeti.PROGRAMS.items():
         walk(make(), [f"gnt-{name}"])
-    assert set(GROUPS) == {"cluster", "node", "group", "pool", "volume", "instance", "job", "doctor", "lab", "completion"}
+    assert set(GROUPS) == {"cluster", "node", "group", "pool", "volume", "instance", "os", "job", "doctor", "lab", "completion"}
 
 
 async def test_a_seed_is_read_from_files_and_stdin(cli: Cli, tmp_path: Path) -> None:

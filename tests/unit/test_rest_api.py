@@ -61,6 +61,7 @@ async def test_every_public_operation_has_a_route_that_submits_it(api: Api) -> N
         "state": "ready",
         "volume": "spare",
         "disk": {"size": 1024},
+        "path": "/srv/x1.atoll",
     }
     for name, operation in OPERATIONS.items():
         method, path = address(operation)

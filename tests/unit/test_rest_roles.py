@@ -31,6 +31,7 @@ OTHERS: dict[tuple[str, str], str] = {
     ("GET", "/v1/cluster/doctor"): "operator",
     ("GET", "/v1/nodes/{target}/logs"): "admin",
     ("GET", "/v1/events"): "reader",
+    ("GET", "/v1/os"): "reader",
     ("GET", "/metrics"): "reader",
     **{("GET", f"/v1/{noun}s"): "reader" for noun in KINDS},
     **{("GET", f"/v1/{noun}s/{{target}}"): "reader" for noun in KINDS},

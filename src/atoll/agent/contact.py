@@ -16,7 +16,7 @@ from atoll.model.errors import Unreachable
 #: Seconds without an answered report after which this node begins nothing any more. Smaller than the master's grace.
 TRUST = 5.0
 #: What may be done all the same: it ends things here, or promises to begin none.
-HARMLESS = frozenset({"guest.stop", "claim.release"})
+HARMLESS = frozenset({"guest.stop", "claim.release", "os.unrun", "disks.deactivate"})
 
 
 def since_boot() -> float:

@@ -12,10 +12,12 @@ import structlog
 
 from atoll.agent.certificates import CertificateOrders
 from atoll.agent.copying import CopyOrders
+from atoll.agent.exporting import ExportOrders
 from atoll.agent.imaging import ImageOrders
 from atoll.agent.looking import LookOrders
 from atoll.agent.memory import Memory, open_database
 from atoll.agent.node import Agent
+from atoll.agent.osscripts import OsOrders
 from atoll.agent.seeding import SeedOrders
 from atoll.agent.server import create_app
 from atoll.agent.standby import StandbyOrders
@@ -46,6 +48,15 @@ def make_hypervisor(config: Config) -> Hypervisor:
     return qemu
 
 
+async def tidy(agent: Agent) -> None:
+    """End what nobody remembers any more. A node that cannot do that now serves all the same."""
+    try:
+        if gone := await agent.attachments.unmap_forgotten():
+            log.warning("ended forgotten mappings", volumes=gone)
+    except AtollError as error:
+        log.warning("mappings that nobody remembers may be left", error=error.message)
+
+
 async def run(config: Config, path: str = "") -> None:
     """Serve until SIGTERM or SIGINT. Guests are never touched by the end of the agent. ``path``: the configuration's file."""
     if not config.node or not (config.tls_dir / "cert.pem").exists():
@@ -58,10 +69,15 @@ async def run(config: Config, path: str = "") -> None:
     copying = CopyOrders(storage, config.tls_dir, config.run_dir, config.address)
     looks = LookOrders(config, storage, path)
     more = {**looks.handlers(), **copying.handlers(), **ImageOrders(copying, config.tls_dir).handlers(), **SeedOrders(copying).handlers()}
+    more |= ExportOrders(copying).handlers()
+    scripts = OsOrders(config.os_dirs, memory, config.run_dir, config.log_dir, config.node)
+    more |= scripts.handlers()
     standby = StandbyOrders.of(config)
     certificates = CertificateOrders(KeptInFiles(config.tls_dir), config.node, config.address)
     hypervisor = make_hypervisor(config)
     agent = Agent(config.node, hypervisor, storage, memory, config.run_dir, more, standby=standby, certificates=certificates)
+    scripts.still = agent.contact.check
+    await tidy(agent)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

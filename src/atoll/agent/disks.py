@@ -8,10 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from atoll.agent.memory import Memory
 from atoll.agent.service import Handler
-from atoll.model.errors import AtollError, PoolUnavailable
+from atoll.model.errors import AtollError, PoolUnavailable, StaleGeneration
 from atoll.model.messages import Attached, Connection, PoolRef, Progress
 from atoll.rpc.contract import Report
+from atoll.storage import registry
 from atoll.storage.contract import StorageAccess
 
 #: Seconds for calls that touch metadata only, and for those that may write a whole image (preallocation, sync).
@@ -39,12 +41,18 @@ class Attachments:
 
     async def attach(self, owner: str, pool: str, connection: Connection, access: str) -> Attached:
         """Attach a volume for an owner (an instance id). Twice is success."""
-        entry = {"pool": pool, "connection": connection.model_dump(mode="json")}
+        return await self._use(owner, pool, connection, "attach", access=access)
+
+    async def map(self, owner: str, pool: str, connection: Connection, *, read_only: bool) -> Attached:
+        """Make a volume a block device for an owner. Twice is success."""
+        return await self._use(owner, pool, connection, "map", read_only=read_only)
+
+    async def _use(self, owner: str, pool: str, connection: Connection, how: str, **args: Any) -> Attached:
+        # Remembered before it is done: whoever comes next must find what this agent had begun.
+        entry = {"pool": pool, "connection": connection.model_dump(mode="json"), "how": how}
         self._kept.setdefault(owner, {})[connection.volume] = entry
         self._save(owner)
-        data = await self._storage.connector(
-            pool, connection.driver, "attach", QUICK, connection=connection.model_dump(mode="json"), access=access
-        )
+        data = await self._storage.connector(pool, connection.driver, how, QUICK, connection=connection.model_dump(mode="json"), **args)
         self._kept[owner][connection.volume] = {**entry, "path": data["path"]}
         self._save(owner)
         return Attached(**data)
@@ -56,9 +64,22 @@ class Attachments:
             entry = kept.get(volume)
             if entry is not None:
                 connection = entry["connection"]
-                await self._storage.connector(entry["pool"], connection["driver"], "detach", QUICK, connection=connection)
+                how = "unmap" if entry.get("how") == "map" else "detach"
+                await self._storage.connector(entry["pool"], connection["driver"], how, QUICK, connection=connection)
                 del kept[volume]
                 self._save(owner)
+
+    async def unmap_forgotten(self) -> list[str]:
+        """End mappings of this node that nothing here remembers; gives their volumes. For the beginning, when nothing is under way."""
+        known = sorted({volume for kept in self._kept.values() for volume in kept})
+        gone: set[str] = set()
+        for driver in registry.drivers():
+            gone |= set(await self._storage.connector("leftovers", driver.name, "unmap_others", QUICK, keep=known))
+        return sorted(gone)
+
+    def owners_by_hand(self) -> list[str]:
+        """Instances of whose disks something is attached apart from their guests."""
+        return sorted(owner.removesuffix(by_hand("")) for owner, kept in self._kept.items() if kept and owner.endswith(by_hand("")))
 
     def holds(self, owner: str) -> bool:
         """Whether anything is attached for the owner."""
@@ -89,8 +110,8 @@ class Attachments:
 class StorageOrders:
     """Handlers of ``pool.*``, ``volume.*`` and ``disks.*``."""
 
-    def __init__(self, storage: StorageAccess, attachments: Attachments) -> None:
-        self._storage, self._attachments = storage, attachments
+    def __init__(self, storage: StorageAccess, attachments: Attachments, memory: Memory) -> None:
+        self._storage, self._attachments, self._memory = storage, attachments, memory
 
     def handlers(self) -> dict[str, Handler]:
         """Method -> handler."""
@@ -117,6 +138,7 @@ class StorageOrders:
         handlers["disks.connect"] = self.connect
         handlers["disks.activate"] = self.activate
         handlers["disks.deactivate"] = self.deactivate
+        handlers["disks.mapped"] = self.mapped
         return handlers
 
     def _pool(self, method: str, deadline: float) -> Handler:
@@ -168,17 +190,24 @@ class StorageOrders:
             await asyncio.sleep(0.5)
 
     async def activate(self, args: dict[str, Any], report: Report) -> Any:
-        """Make disks usable for an administrator or an OS script: their paths."""
+        """Make disks block devices for an administrator or an OS script: their paths. ``generation``: of the claim that allows it."""
+        if args.get("generation", 0) and args["generation"] <= (refused := self._memory.refused(args["owner"])):
+            raise StaleGeneration(f"this node has promised to refuse generation {args['generation']} (and all up to {refused})")
         paths = {}
         try:
             for disk in args["disks"]:
                 connection = Connection(**disk["connection"])
-                attached = await self._attachments.attach(by_hand(args["owner"]), disk["pool"], connection, "kernelspace")
+                read_only = disk.get("mode", "rw") == "ro"
+                attached = await self._attachments.map(by_hand(args["owner"]), disk["pool"], connection, read_only=read_only)
                 paths[connection.volume] = attached.path
         except AtollError:
             await self._attachments.detach(by_hand(args["owner"]))
             raise
         return paths
+
+    async def mapped(self, args: dict[str, Any], report: Report) -> Any:
+        """The instances whose disks are active here, apart from guests."""
+        return self._attachments.owners_by_hand()
 
     async def deactivate(self, args: dict[str, Any], report: Report) -> Any:
         """End that."""

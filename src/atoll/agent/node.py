@@ -41,14 +41,14 @@ class Agent:
         attachments = Attachments(storage, run_dir, kept)
         self.contact = Contact(memory, now)
         handlers = {
-            **StorageOrders(storage, attachments).handlers(),
+            **StorageOrders(storage, attachments, memory).handlers(),
             **GuestOrders(hypervisor, memory, attachments, storage, self.contact).handlers(),
             **(certificates.handlers() if certificates else {}),
             **(more or {}),
             **(standby.handlers() if standby else {}),
             "recall": self._recall,
         }
-        self._node, self._standby = node, standby
+        self._node, self._standby, self.attachments = node, standby, attachments
         self.hypervisor, self.storage, self.memory, self.certificates = hypervisor, storage, memory, certificates
         self.reporter = Reporter(node, hypervisor, memory, storage, self.contact, standby, certificates)
         if standby:

@@ -100,6 +100,9 @@ class Leader(Protocol):
     async def logs(self, node: str) -> dict[str, str]:
         """The end of the logs of a node (by id), by name, without secrets. Errors: Unreachable, NotFound (its agent is too old)."""
 
+    async def os_definitions(self) -> list[dict[str, Any]]:
+        """The OS definitions on the nodes, as they tell of them now: name, variants, parameters, nodes, and problems."""
+
     async def join_token(self, name: str, group: str | None, rejoin: bool = False) -> str:
         """A token with which the node ``name`` may join once within 15 minutes. ``rejoin``: a node of the cluster that does not answer
         comes back with it. Errors: AlreadyExists, NodeAnswers."""

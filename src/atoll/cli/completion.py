@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
-PROGRAMS = ("atoll", "gnt-cluster", "gnt-node", "gnt-group", "gnt-instance", "gnt-job", "gnt-storage")
+PROGRAMS = ("atoll", "gnt-backup", "gnt-cluster", "gnt-node", "gnt-group", "gnt-instance", "gnt-job", "gnt-os", "gnt-storage")
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""``gnt-cluster``, ``gnt-node``, ``gnt-group``, ``gnt-instance``, ``gnt-job``, ``gnt-storage``: our commands with Ganeti's verbs."""
+"""Ganeti's programs, ``gnt-backup`` to ``gnt-storage``: our commands with Ganeti's verbs."""
 
 from __future__ import annotations
 
@@ -212,6 +212,23 @@ def _storage_program() -> click.Group:
     return _program("storage", ours, {"diagnose": "list"})
 
 
+def _os() -> click.Group:
+    from atoll.cli.os import os as ours
+
+    return _program("os", ours, {})
+
+
+def _backup() -> click.Group:
+    from atoll.cli.backup import backup as ours
+
+    return _program("backup", ours, {})
+
+
+def backup() -> NoReturn:
+    """``gnt-backup``."""
+    run(_backup(), "gnt-backup")
+
+
 def cluster() -> NoReturn:
     """``gnt-cluster``."""
     run(_cluster(), "gnt-cluster")
@@ -242,4 +259,18 @@ def storage() -> NoReturn:
     run(_storage_program(), "gnt-storage")
 
 
-PROGRAMS = {"cluster": _cluster, "node": _node, "group": _group, "instance": _instance, "job": _job, "storage": _storage_program}
+def os() -> NoReturn:
+    """``gnt-os``."""
+    run(_os(), "gnt-os")
+
+
+PROGRAMS = {
+    "backup": _backup,
+    "cluster": _cluster,
+    "node": _node,
+    "group": _group,
+    "instance": _instance,
+    "job": _job,
+    "os": _os,
+    "storage": _storage_program,
+}

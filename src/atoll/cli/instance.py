@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from atoll.cli import disks, movement, work
+from atoll.cli import backup, disks, movement, work
 from atoll.cli import tags as tagging
 from atoll.cli.lazy import OrderedGroup
 from atoll.cli.options import (
@@ -23,7 +23,9 @@ from atoll.cli.options import (
     numbered,
     on_node,
     target,
+    unasked_option,
 )
+from atoll.cli.os import parameters as os_parameters
 from atoll.cli.reads import info_command, list_command
 from atoll.cli.seed import seed_of, seed_options
 from atoll.model.errors import InvalidInput
@@ -54,6 +56,19 @@ def _machine_options(function: Any) -> Any:
     return function
 
 
+def _os_options(function: Any) -> Any:
+    for option in reversed(
+        [
+            click.option("-O", "--os-parameters", "os_texts", multiple=True, metavar="NAME=VALUE,...", help="For the scripts of -o."),
+            click.option(
+                "--os-timeout", type=click.FloatRange(1, 82800), default=3600.0, show_default=True, help="Seconds that a script may take."
+            ),
+        ]
+    ):
+        function = option(function)
+    return function
+
+
 instance.add_command(list_command("instance"))
 instance.add_command(info_command("instance"))
 
@@ -68,7 +83,9 @@ instance.add_command(info_command("instance"))
 @image_options
 @click.option("-n", "--node", metavar="NODE[:SECONDARY]", help="Where; default: the best place.", shell_complete=complete("node"))
 @click.option("-g", "--node-group", "group", metavar="GROUP", help="In which group.", shell_complete=complete("group"))
-@click.option("-o", "--os-type", "os", default="", metavar="OS", help="A note of what is installed.")
+@click.option("-o", "--os-type", "os", default="", metavar="OS[+VARIANT]", help="Install it with this OS definition of the node.")
+@_os_options
+@click.option("--no-install", is_flag=True, help="Run no scripts: -o is a note of what is installed.")
 @_machine_options
 @seed_options
 @click.option("--tags", metavar="TAGS", help="Tags, with commas.")
@@ -84,6 +101,9 @@ def add(
     node: str | None,
     group: str | None,
     os: str,
+    os_texts: tuple[str, ...],
+    os_timeout: float,
+    no_install: bool,
     backend_text: str | None,
     hypervisor_text: str | None,
     kernel: str | None,
@@ -109,6 +129,9 @@ def add(
         "secondary": secondary or None,
         "group": group,
         "os": os,
+        "os_parameters": os_parameters(os_texts),
+        "os_timeout": os_timeout,
+        "no_install": no_install,
         "cloud_init": seed_of(options),
         "start": not no_start,
         "tags": tags.split(",") if tags else [],
@@ -213,10 +236,25 @@ def modify(
 @instance.command()
 @target("instance")
 @click.argument("new_name")
+@click.option("--no-script", is_flag=True, help="Do not run the rename script of its OS definition.")
+@unasked_option
 @job_options
-def rename(target: str, new_name: str, **options: Any) -> None:
-    """Give an instance another name."""
-    work.run("instance", "rename", target, {"new_name": new_name}, **options)
+def rename(target: str, new_name: str, no_script: bool, **options: Any) -> None:
+    """Give an instance another name. The scripts that have installed it tell the guest."""
+    work.run("instance", "rename", target, {"new_name": new_name, "run_script": not no_script}, **options)
+
+
+@instance.command()
+@target("instance")
+@click.option("-o", "--os-type", "os", metavar="OS[+VARIANT]", help="Another OS definition; default: the one that it has.")
+@_os_options
+@force_option
+@job_options
+def reinstall(target: str, os: str | None, os_texts: tuple[str, ...], os_timeout: float, force: bool, **options: Any) -> None:
+    """Install a stopped instance anew, with the scripts of an OS definition."""
+    confirm(f"Reinstall the instance {target}? All data on its disks is lost.", force or options["dry_run"])
+    body = {"os": os, "os_parameters": os_parameters(os_texts), "os_timeout": os_timeout}
+    work.run("instance", "reinstall", target, body, **options)
 
 
 tagging.ours(instance, "instance")
@@ -235,7 +273,7 @@ def remove(target: str, keep_disks: bool, timeout: float, force: bool, **options
     work.run("instance", "remove", target, {"keep_disks": keep_disks, "timeout": timeout}, **options)
 
 
-for _command in disks.COMMANDS:
+for _command in (*disks.COMMANDS, *backup.COMMANDS):
     instance.add_command(_command)
 
 

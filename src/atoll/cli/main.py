@@ -19,6 +19,7 @@ GROUPS = {
     "pool": ("atoll.cli.pool:pool", "Storage pools: where volumes live."),
     "volume": ("atoll.cli.volume:volume", "Volumes: the disks."),
     "instance": ("atoll.cli.instance:instance", "Virtual machines: make, start, migrate, fail over."),
+    "os": ("atoll.cli.os:os", "OS definitions: scripts on the nodes that install instances."),
     "job": ("atoll.cli.job:job", "What the cluster does and did; what needs attention."),
     "doctor": ("atoll.cli.doctor:doctor", "Look at this machine: what would keep it from being a good node."),
     "lab": ("atoll.lab.commands:lab", "A whole cluster on this machine, for trying out."),

@@ -160,6 +160,12 @@ def image_source(text: str, image_format: str | None = None) -> dict[str, Any]:
     return {"node": node, "path": os.path.normpath(path), "format": image_format}
 
 
+def file_of_node(text: str) -> dict[str, str]:
+    """A file as ``NODE:PATH``, or ``PATH`` on this very node. Errors: InvalidInput."""
+    found = image_source(text)
+    return {"node": found["node"], "path": found["path"]}
+
+
 def image_options(function: F) -> F:
     """``--image`` and ``--image-format``; the command gets ``image`` and ``image_format``."""
     kinds = click.Choice(["raw", "qcow2"])

@@ -96,6 +96,8 @@ def _address(noun: str, verb: str, target: str) -> tuple[str, str]:
         return "POST", f"/v1/cluster/{verb}"
     if verb in ("add", "create"):
         return "POST", f"/v1/{noun}s"
+    if verb == "import":
+        return "POST", f"/v1/{noun}s/{verb}"
     if verb in ("remove", "delete"):
         return "DELETE", path_of(noun, target)
     return "POST", path_of(noun, target, verb)

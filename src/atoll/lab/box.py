@@ -19,6 +19,7 @@ from atoll.agent.replica import Replica
 from atoll.agent.standby import StandbyOrders
 from atoll.api.leader import Caller, Submission
 from atoll.hypervisor.memory import MemoryHypervisor, World
+from atoll.lab.boxos import BoxOs
 from atoll.lab.boxstorage import BoxStorage, SharedDisks
 from atoll.master.admission import Admission
 from atoll.master.authority import CertificateAuthority, sealed
@@ -187,7 +188,7 @@ class Box:
             storage,
             Memory(database),
             None,
-            storage.copy_handlers(),
+            {**storage.copy_handlers(), **BoxOs(self.disks, name).handlers()},
             kept=self._attached.setdefault(name, {}),
             now=self.clock.monotonic,
             certificates=CertificateOrders(self.kept[name], name, "127.0.0.1") if name in self.kept else None,
@@ -222,6 +223,7 @@ class Box:
         self.world.power_cut(name)
         await self.crash_agent(name)
         self._attached.pop(name, None)
+        self.disks.forget_node(name)
 
     async def close(self) -> None:
         """End everything."""

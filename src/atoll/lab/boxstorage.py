@@ -8,7 +8,7 @@ from typing import Any
 
 from atoll.agent.service import Handler
 from atoll.hypervisor.memory import World
-from atoll.model.errors import Conflict, HostError, NotFound, PoolFull, PoolUnavailable, ShrinkRefused
+from atoll.model.errors import AlreadyExists, Conflict, HostError, NotFound, PoolFull, PoolUnavailable, ShrinkRefused
 from atoll.model.messages import PoolRef, Progress
 from atoll.rpc.contract import Report
 from atoll.storage import registry
@@ -42,7 +42,32 @@ class SharedDisks:
         self.served: dict[str, tuple[str, str]] = {}
         #: Image files of nodes: (node, path) -> format and size.
         self.files: dict[tuple[str, str], dict[str, Any]] = {}
+        #: Exports on nodes: (node, path) -> manifest and what was on the disks.
+        self.exports: dict[tuple[str, str], dict[str, Any]] = {}
+        #: Block devices of nodes: (node, volume) -> ``rw`` or ``ro``.
+        self.mapped: dict[tuple[str, str], str] = {}
+        #: Node (name) -> the names of its OS definitions, where they are not the usual ones.
+        self.definitions: dict[str, set[str]] = {}
+        #: OS scripts that run now: (node, instance) -> what.
+        self.scripts: dict[tuple[str, str], str] = {}
         self.fault: StorageFault | None = None
+
+    async def strike(self, node: str, method: str, phase: str) -> None:
+        """What a test does around an effect."""
+        if self.fault is not None:
+            await self.fault(node, method, phase)
+
+    def forget_node(self, node: str) -> None:
+        """Its power was cut."""
+        self.mapped = {key: mode for key, mode in self.mapped.items() if key[0] != node}
+        self.scripts = {key: value for key, value in self.scripts.items() if key[0] != node}
+
+    def look(self) -> None:
+        """Note it as a violation when a guest writes what somebody has mapped."""
+        for (node, volume), mode in self.mapped.items():
+            for guest in self.world.guests.values():
+                if guest.active and volume in guest.disks and mode == "rw":
+                    self.world.violations.append(f"{guest.spec.name} writes {volume} on {guest.node} while it is mapped on {node}")
 
     def free(self, ref: PoolRef, images: dict[str, dict[str, Any]]) -> int:
         """Bytes that are left where these images lie."""
@@ -78,8 +103,7 @@ class BoxStorage:
         return result
 
     async def _point(self, method: str, phase: str) -> None:
-        if self._disks.fault is not None:
-            await self._disks.fault(self._node, method, phase)
+        await self._disks.strike(self._node, method, phase)
 
     def _place(self, ref: PoolRef) -> dict[str, dict[str, Any]]:
         key = f"{ref.id}@{ref.node}" if registry.info(ref.driver).node_local else ref.id
@@ -219,7 +243,26 @@ class BoxStorage:
         if method == "attach":
             volume = args["connection"]["volume"]
             return {"volume": volume, "path": f"/box/{volume}", "blockdev": {"driver": "file", "filename": f"/box/{volume}"}}
+        if method == "map":
+            return self._map(args["connection"]["volume"], args["read_only"])
+        if method == "unmap":
+            self._disks.mapped.pop((self._node, args["connection"]["volume"]), None)
+        if method == "unmap_others":
+            return []
         return args["connection"]["size"] if method == "resized" else None
+
+    def _map(self, volume: str, read_only: bool) -> Any:
+        world = self._disks.world
+        world.violations += [
+            f"{volume} is mapped on {self._node} while {guest.spec.name} writes it on {guest.node}"
+            for guest in world.guests.values()
+            if guest.active and volume in guest.disks and not read_only
+        ]
+        world.violations += [
+            f"{volume} is mapped on {self._node} and {node}" for node, other in self._disks.mapped if other == volume and node != self._node
+        ]
+        self._disks.mapped[self._node, volume] = "ro" if read_only else "rw"
+        return {"volume": volume, "path": f"/dev/box/{volume}"}
 
     # --- copies of stopped disks: as agent.copying, without processes ---
 
@@ -236,6 +279,12 @@ class BoxStorage:
             "image.push": self._import_image,
             "image.unimport": self._nothing,
             "seed.write": self._write_seed,
+            "export.look": self._look_at_export,
+            "export.check": self._check_export,
+            "export.write": self._write_export,
+            "export.place": self._place_export,
+            "export.discard": self._discard_export,
+            "export.read": self._read_export,
         }
 
     async def _serve(self, args: dict[str, Any], report: Report) -> Any:
@@ -289,6 +338,54 @@ class BoxStorage:
                 if image["volume"] == volume:
                     image["content"] = args["path"]
         await self._point("import", "after")
+
+    # --- exports: as agent.exporting ---
+
+    async def _look_at_export(self, args: dict[str, Any], report: Report) -> Any:
+        found = self._disks.exports.get((self._node, args["path"]))
+        if found is None:
+            raise NotFound(f"there is no file {args['path']} on {self._node}")
+        return found["manifest"]
+
+    async def _check_export(self, args: dict[str, Any], report: Report) -> Any:
+        if (self._node, args["path"]) in self._disks.exports and not args["overwrite"]:
+            raise AlreadyExists(f"{args['path']} exists")
+
+    async def _write_export(self, args: dict[str, Any], report: Report) -> Any:
+        await self._point("export", "before")
+        contents = []
+        for disk in args["disks"]:
+            image = self._find(PoolRef(**disk["ref"]), disk["logical_id"])
+            writers = [g for g in self._disks.world.guests.values() if g.active and disk["volume"] in g.disks]
+            self._disks.world.violations += [f"{g.spec.name} writes {disk['volume']} while it is exported" for g in writers]
+            contents.append((image.get("content"), self._disks.world.images.get(self._disks.image(self._node, disk["volume"]), 0)))
+            report(Progress(percent=50.0, text="exporting"))
+            await asyncio.sleep(0.5)
+        key = (self._node, f"{args['path']}.{args['manifest']['id']}")
+        self._disks.exports[key] = {"manifest": args["manifest"], "contents": contents}
+        await self._point("export", "after")
+        return {"size": 1}
+
+    async def _place_export(self, args: dict[str, Any], report: Report) -> Any:
+        exports, name = self._disks.exports, (self._node, args["path"])
+        partial = (self._node, f"{args['path']}.{args['id']}")
+        if partial in exports:
+            if name in exports and not args["overwrite"]:
+                raise AlreadyExists(f"{args['path']} exists")
+            exports[name] = exports.pop(partial)
+        elif name not in exports or exports[name]["manifest"]["id"] != args["id"]:
+            raise NotFound("the finished export is not there any more")
+
+    async def _discard_export(self, args: dict[str, Any], report: Report) -> Any:
+        self._disks.exports.pop((self._node, f"{args['path']}.{args['id']}"), None)
+
+    async def _read_export(self, args: dict[str, Any], report: Report) -> Any:
+        await self._point("export read", "before")
+        image = self._find(PoolRef(**args["ref"]), args["logical_id"])
+        await asyncio.sleep(0.5)
+        found = self._disks.exports[self._node, args["path"]]
+        image["content"] = found["contents"][args["index"]]
+        await self._point("export read", "after")
 
     def stalled(self) -> dict[str, str]:
         """See ``StorageAccess``."""

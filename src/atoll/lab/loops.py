@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from atoll.lab.host import run, wait_until
 from atoll.model.errors import HostError
+from atoll.storage.files import loops as mappings
 
 _LOOP_CLR_FD = 0x4C01
 
@@ -52,6 +54,19 @@ def attach(path: Path, keep: Sequence[int] = ()) -> str:
         if backing == str(path):
             return device
     return run(["losetup", "--find", "--show", str(path)], keep=keep).strip()
+
+
+def machine_id(lab: str, node: str) -> str:
+    """The machine id of a node of a lab."""
+    return hashlib.sha256(f"{lab}/{node}".encode()).hexdigest()[:32]
+
+
+def unmap(lab: str, *nodes: str) -> None:
+    """End what agents of these nodes (which have no power) had mapped: a machine of its own would have lost it with its kernel."""
+    machines = {machine_id(lab, node) for node in nodes}
+    for machine, volume in mappings.everybodys():
+        if machine in machines:
+            mappings.detach(volume, machine=machine)
 
 
 def idle(device: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import struct
 import sys
@@ -72,6 +71,7 @@ class Node(BaseNode):
             _shut_down_xfs(Path(f"/proc/{pid}/root/var/lib/atoll"))
             kill_and_wait(pid)
             network.unplug(self.lab, self.name)
+            loops.unmap(self.lab, self.name)
             loops.detach(self.directory)
 
     def boot(self) -> None:
@@ -100,7 +100,7 @@ class Node(BaseNode):
             shared=loops.attach(lab / "shared.img", keep=[lock]),
             spares=[loops.attach(self.directory / f"spare{number}.img", keep=[lock]) for number in range(1, record.disks + 1)],
             hosts=_hosts(record),
-            machine_id=hashlib.sha256(f"{self.lab}/{self.name}".encode()).hexdigest()[:32],
+            machine_id=loops.machine_id(self.lab, self.name),
             binds=_binds(record.binds or []),
             mask=str(lab),
             environment=environment(self.lab, self.name, CONFIG),

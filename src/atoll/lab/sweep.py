@@ -57,6 +57,8 @@ def sweep_locked(name: str, directory: Path) -> None:
     _kill_in_networks(name)
     for entry in network.namespaces(name):
         network.remove(entry)
+    # The names of its nodes may be lost with its files.
+    loops.unmap(name, *(f"node{number}" for number in range(1, 65)))
     for path in mounts(directory):
         run(["umount", path])
     loops.detach(directory)

@@ -12,6 +12,7 @@ import structlog
 from atoll.api.events import Hub
 from atoll.api.leader import Caller, Finding, JoinAnswer, Submission
 from atoll.jobs.engine import Engine
+from atoll.master import definitions
 from atoll.master.admission import Admission
 from atoll.master.announce import Announcer
 from atoll.master.health import HealthMonitor
@@ -209,6 +210,10 @@ class MasterLeader:
     async def logs(self, node: str) -> dict[str, str]:
         """See ``api.leader.Leader``."""
         return await self._inspector.logs(node)
+
+    async def os_definitions(self) -> list[dict[str, Any]]:
+        """See ``api.leader.Leader``."""
+        return await definitions.collect(self._state, self.agents)
 
     # --- nodes ---
 

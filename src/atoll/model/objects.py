@@ -180,6 +180,9 @@ class Instance(Stored):
     boot: Boot = Boot()
     pin: MachinePin = MachinePin()
     os: str = ""
+    #: Parameters of its OS definition, and whether that definition's scripts have installed it.
+    os_parameters: dict[str, str] = Field(default_factory=dict)
+    os_scripts: bool = False
     desired: Literal["running", "stopped"] = "stopped"
     #: Why ``desired`` became ``stopped`` when nobody asked Atoll for it, such as ``by the guest``.
     stopped_by: str = ""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from atoll.model.places import OPEN_DIRECTORY, lies_in
+
+#: Below it operators may name files for exports, to write and to read; elsewhere only admins may.
+EXPORTS = "/var/lib/atoll/exports"
 
 
 def _plain_path(path: str) -> str:
@@ -31,6 +35,28 @@ class ImageSource(BaseModel):
     def open_to_operators(self) -> bool:
         """Whether it lies where operators may take images from."""
         return lies_in(self.path, OPEN_DIRECTORY)
+
+
+def _os(text: str) -> str:
+    if text and not _OS.fullmatch(text):
+        raise ValueError("the name of an OS definition is NAME or NAME+VARIANT")
+    return text
+
+
+def _parameters(given: dict[str, str]) -> dict[str, str]:
+    if len(given) > 64 or any(not _PARAMETER.fullmatch(name) for name in given):
+        raise ValueError("names of OS parameters are letters, digits and _, and there are 64 at most")
+    if any("\0" in value or len(value) > 4096 for value in given.values()):
+        raise ValueError("values of OS parameters have 4096 characters at most, and no NUL")
+    return given
+
+
+_OS, _PARAMETER = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}(\+[A-Za-z0-9][A-Za-z0-9_.-]{0,99})?$"), re.compile(r"^[A-Za-z0-9_]{1,64}$")
+#: An OS definition, and what its scripts get as ``OSP_NAME``.
+OsName = Annotated[str, StringConstraints(max_length=201), AfterValidator(_os)]
+OsParameters = Annotated[dict[str, str], AfterValidator(_parameters)]
+#: Seconds that one script of an OS definition may take.
+OsTimeout = Annotated[float, Field(gt=0, le=82800)]
 
 
 _KEY_TYPES = ("ssh-", "ecdsa-", "sk-")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,8 @@ from atoll.model.units import format_size
 from atoll.operations import seed
 from atoll.operations.common import PlacementView, check_new_name, check_pool_open, frozen, locks, name_lock
 from atoll.operations.importing import DAY
-from atoll.operations.making import delete_image, make_volume, mark_deleting, plan_volume
+from atoll.operations.installing import check_definition, run_script
+from atoll.operations.making import Filler, delete_image, make_volume, mark_deleting, plan_volume
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import InstanceAdd, InstanceRemove
 from atoll.operations.running import detached, start_on, stop_on
@@ -43,6 +45,11 @@ def disk_pool(state: State, disk: dict[str, Any], template: str | None, group: s
             raise InvalidInput(f"say where the disk shall be; pools here: {names}", hint="-t POOL, or --disk N:pool=POOL")
         return pools[0]
     return state.resolve_pool(text, group)
+
+
+def installs(request: dict[str, Any]) -> bool:
+    """Whether the scripts of an OS definition shall install it."""
+    return bool(request["os"]) and not request["no_install"]
 
 
 def plan_add(state: State, request: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +142,7 @@ def _prepare_add(state: State, target: str, request: InstanceAdd) -> Prepared:
     held += [f"image:{v['pool']}:{v['adopt']}" for v in plan["volumes"] if v["adopt"]]
     shared = [f"pool:{v['pool']}" for v in plan["volumes"]] + [f"group:{plan['group']}", f"node:{plan['node']}"]
     shared += [f"node:{v['image']['node']}" for v in plan["volumes"] if v["image"]]
-    deadline = DAY if any(v["image"] for v in plan["volumes"]) else None
+    deadline = DAY if installs(data) or any(v["image"] for v in plan["volumes"]) else None
     sizes = ", ".join(format_size(v["size"]) if v["size"] else "from an image" for v in plan["volumes"]) or "no disks"
     summary = f"add instance {request.name} ({sizes})"
     return Prepared(frozen(request, node=plan["node"], cloud_init=kept), locks(shared, held), summary, deadline=deadline)
@@ -149,7 +156,17 @@ def _forget(state: State, args: dict[str, Any]) -> Changes:
 
 async def _run_add(job: JobContext, request: dict[str, Any]) -> Any:
     plan = await job.read("plan", lambda: plan_add(job.state, request))
+    return await make_instance(job, request, plan)
+
+
+async def make_instance(
+    job: JobContext, request: dict[str, Any], plan: dict[str, Any], fill: Callable[[int, str, tuple[float, float]], Filler] | None = None
+) -> dict[str, Any]:
+    """Make what was planned, and start it if it is asked for. ``fill`` gives what writes into the new disk with an index and a volume
+    (see ``make_volume``), with its part of the job's percent."""
     instance = plan["instance"]
+    if installs(request):
+        await check_definition(job, instance, plan["node"], request["os"], request["os_parameters"])
 
     def record() -> Changes:
         check_new_name(job.state, Instance, request["name"])
@@ -164,6 +181,8 @@ async def _run_add(job: JobContext, request: dict[str, Any]) -> Any:
             boot=Boot(kernel=request["kernel"], initrd=request["initrd"], append=request["append"]),
             pin=MachinePin(**plan["pin"]),
             os=request["os"],
+            os_parameters=request["os_parameters"],
+            os_scripts=installs(request) or request.get("os_scripts", False),
             secondary=plan["secondary"],
             home=plan["node"],
             created=job.state.clock.now(),
@@ -176,7 +195,9 @@ async def _run_add(job: JobContext, request: dict[str, Any]) -> Any:
     for index, volume in enumerate(plan["volumes"]):
         low, high = (5 + 50 * n / len(plan["volumes"]) for n in (index, index + 1))
         job.progress(low, f"making disk {index}")
-        filler = partial(seed.write, job, request, instance, volume["volume"]) if volume.get("seed") else None
+        filler: Filler | None = partial(seed.write, job, request, instance, volume["volume"]) if volume.get("seed") else None
+        if fill is not None:
+            filler = fill(index, volume["volume"], (low, high))
         await make_volume(job, volume, instance=instance, span=(low, high), filler=filler)
     disks = tuple(Disk(volume=v["volume"], slot=i, mode=v["mode"]) for i, v in enumerate(plan["volumes"]))
 
@@ -184,8 +205,10 @@ async def _run_add(job: JobContext, request: dict[str, Any]) -> Any:
         return Changes(put=[job.state.store.require(Instance, instance).model_copy(update={"disks": disks})])
 
     await job.write("record disks", complete)
+    if installs(request):
+        await run_script(job, instance, plan["node"], "create", request["os_timeout"], span=(55.0, 90.0))
     if request["start"]:
-        job.progress(60, "starting the guest")
+        job.progress(90 if installs(request) else 60, "starting the guest")
         await start_on(job, instance, plan["node"])
     node = await job.read("node name", lambda: job.state.store.require(Node, plan["node"]).name)
     return {"instance": instance, "name": request["name"], "node": node, "volumes": [v["volume"] for v in plan["volumes"]]}

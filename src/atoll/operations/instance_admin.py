@@ -9,10 +9,12 @@ from atoll.jobs.steps import Changes, Undo, undo_function
 from atoll.model.errors import InUse
 from atoll.model.objects import Instance, Nic, Volume
 from atoll.operations.common import check_new_name, frozen, locks, name_lock, prepare_tags, run_tags
+from atoll.operations.importing import DAY
+from atoll.operations.installing import check_definition, run_script
 from atoll.operations.instance_add import plan_nics
-from atoll.operations.instance_power import instance_locks
+from atoll.operations.instance_power import instance_locks, plan_start
 from atoll.operations.registry import Operation, Prepared, register
-from atoll.operations.requests import InstanceModify, Rename, TagsChange
+from atoll.operations.requests import InstanceModify, InstanceRename, TagsChange
 from atoll.operations.seed import name_of
 from atoll.operations.state import State
 from atoll.operations.volumes import rename_image
@@ -27,7 +29,7 @@ def _renames(state: State, instance: Instance, new_name: str) -> list[tuple[str,
     return found
 
 
-def _prepare_rename(state: State, target: str, request: Rename) -> Prepared:
+def _prepare_rename(state: State, target: str, request: InstanceRename) -> Prepared:
     instance = state.store.find(Instance, target)
     check_new_name(state, Instance, request.new_name)
     if instance.desired == "running" or state.claim(instance.id).holder:
@@ -35,11 +37,13 @@ def _prepare_rename(state: State, target: str, request: Rename) -> Prepared:
     names = [name for _, name in _renames(state, instance, request.new_name)]
     for name in names:
         check_new_name(state, Volume, name)
-    held = instance_locks(state, instance)
+    scripted = instance.os_scripts and request.run_script
+    held = instance_locks(state, instance, plan_start(state, instance, None, False)["node"] if scripted else None)
     return Prepared(
         frozen(request, id=instance.id),
         locks(held.shared, [*held.exclusive, name_lock(Instance, request.new_name), *(name_lock(Volume, n) for n in names)]),
         f"rename instance {instance.name} to {request.new_name}",
+        deadline=DAY if scripted else None,
     )
 
 
@@ -52,9 +56,14 @@ def _restore_name(state: State, args: dict[str, Any]) -> Changes:
 async def _run_rename(job: JobContext, request: dict[str, Any]) -> Any:
     def plan() -> dict[str, Any]:
         instance = job.state.store.require(Instance, request["id"])
-        return {"old": instance.name, "volumes": _renames(job.state, instance, request["new_name"])}
+        scripted = instance.os_scripts and request["run_script"]
+        node = plan_start(job.state, instance, None, False)["node"] if scripted else None
+        renamed = _renames(job.state, instance, request["new_name"])
+        return {"old": instance.name, "volumes": renamed, "node": node, "os": instance.os, "os_parameters": instance.os_parameters}
 
     decided = await job.read("plan", plan)
+    if decided["node"]:
+        await check_definition(job, request["id"], decided["node"], decided["os"], decided["os_parameters"])
 
     def record() -> Changes:
         check_new_name(job.state, Instance, request["new_name"])
@@ -63,10 +72,13 @@ async def _run_rename(job: JobContext, request: dict[str, Any]) -> Any:
     await job.write("record name", record, Undo("instance.name", {"instance": request["id"], "name": decided["old"]}))
     for volume, name in decided["volumes"]:
         await rename_image(job, volume, name)
+    if decided["node"]:
+        old = {"old_name": decided["old"]}
+        await run_script(job, request["id"], decided["node"], "rename", request["os_timeout"], span=(30.0, 95.0), extra=old)
     return {"instance": request["id"], "name": request["new_name"]}
 
 
-register(Operation("instance.rename", Rename, _prepare_rename, _run_rename))
+register(Operation("instance.rename", InstanceRename, _prepare_rename, _run_rename))
 
 
 def _prepare_modify(state: State, target: str, request: InstanceModify) -> Prepared:

@@ -18,7 +18,7 @@ from atoll.operations.instance_power import instance_locks
 from atoll.operations.making import delete_image, make_volume, mark_deleting, plan_volume
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import ActivateDisks, AddDisk, AttachDisk, DetachDisk, GrowDisk
-from atoll.operations.running import access_of, attached, check_connections, check_runs, connect_disks, detached, free_claim
+from atoll.operations.running import access_of, activate_on, attached, check_connections, check_runs, detached, free_claim
 from atoll.operations.state import State
 from atoll.operations.volumes import grow_image, new_size
 from atoll.storage.contract import Mirroring
@@ -323,18 +323,7 @@ def _prepare_activate(words: str) -> Any:
 async def _run_activate(job: JobContext, request: dict[str, Any]) -> Any:
     """The claim goes to the node: nothing may start elsewhere while an administrator works on the disks."""
     instance, node = request["id"], request["node"]
-
-    def take() -> Changes:
-        claim = job.state.claim(instance)
-        if claim.holder not in (None, node):
-            raise InUse("its claim is held by another node", hint="atoll instance info")
-        return Changes(put=[claim.model_copy(update={"holder": node, "generation": claim.generation + 1})])
-
-    generation = await job.read("next generation", lambda: job.state.claim(instance).generation + 1)
-    await job.write("take the claim", take, Undo("claim.free", {"instance": instance, "node": node, "generation": generation}))
-    disks = await connect_disks(job, instance, node)
-    undo = Undo("disks.deactivate", {"owner": instance}, node=node, dies=True)
-    paths = await job.call("activate", node, "disks.activate", {"owner": instance, "disks": disks}, undo=undo)
+    _, paths = await activate_on(job, instance, node)
     name = await job.read("node name", lambda: job.state.store.require(Node, node).name)
     return {"instance": instance, "node": name, "paths": paths}
 

@@ -69,6 +69,8 @@ def instance(item: Instance, index: Index) -> Row:
         "vcpus": item.vcpus,
         "hypervisor": item.hypervisor,
         "os": item.os,
+        "os_parameters": item.os_parameters,
+        "os_scripts": item.os_scripts,
         "boot": item.boot.model_dump(mode="json"),
         "pin": item.pin.model_dump(mode="json"),
         "disks": disks,

@@ -15,6 +15,9 @@ from atoll.operations.common import check_new_name, check_size_for
 from atoll.operations.importing import fill, look_at_image, plan_image
 from atoll.operations.state import State
 
+#: Writes into a new image, which it gets as (node, pool reference) and logical id.
+Filler = Callable[[tuple[str, dict[str, Any]], str], Awaitable[None]]
+
 
 def plan_volume(
     state: State,
@@ -68,12 +71,11 @@ async def make_volume(
     *,
     instance: str | None = None,
     span: tuple[float, float] | None = None,
-    filler: Callable[[tuple[str, dict[str, Any]], str], Awaitable[None]] | None = None,
+    filler: Filler | None = None,
 ) -> dict[str, Any]:
     """Record it, make (or adopt) the image, and call it available. The undo leaves neither record nor image; an adopted image stays.
 
-    ``span``: from which to which percent of the job this goes. ``filler`` writes into the new image, which it gets as (node, pool
-    reference) and logical id.
+    ``span``: from which to which percent of the job this goes.
     """
     volume = plan["volume"]
     size, kind = plan["size"], ""

@@ -7,7 +7,7 @@ from typing import Any
 
 from atoll.jobs.context import JobContext
 from atoll.jobs.steps import Changes, Undo, undo_function
-from atoll.model.errors import AtollError, InUse, InvalidInput, NodeAnswers, NodeUnavailable, WrongState
+from atoll.model.errors import AtollError, InUse, InvalidInput, NodeAnswers, NodeUnavailable, NotFound, WrongState
 from atoll.model.objects import DeathProof, Group, Instance, JobState, Node, Pool, Volume
 from atoll.operations.common import frozen, locks, prepare_tags, run_tags
 from atoll.operations.instance_power import answers
@@ -246,6 +246,14 @@ def _prepare_readmit(state: State, target: str, request: Nothing) -> Prepared:
     return Prepared({"id": node.id}, locks(exclusive=[node.resource]), f"readmit node {node.name}")
 
 
+async def _mapped(job: JobContext, node: str) -> set[str]:
+    """The instances whose disks are mapped there for somebody. An agent one version behind maps none."""
+    try:
+        return set(await job.ask(node, "disks.mapped"))
+    except NotFound:
+        return set()
+
+
 async def _run_readmit(job: JobContext, request: dict[str, Any]) -> Any:
     """A node that was proved dead is back: kill copies of guests that others may run now, let it refuse them, void the proof."""
     node = request["id"]
@@ -255,9 +263,14 @@ async def _run_readmit(job: JobContext, request: dict[str, Any]) -> Any:
         return [(i.id, state.claim(i.id).generation) for i in state.store.all(Instance) if node not in state.claim(i.id).nodes]
 
     running = {g["instance"] for g in await job.ask(node, "guest.list")}
+    mapped = await _mapped(job, node)
     for instance, generation in await job.read("others", plan):
         # A copy that still runs here is stale: its claim left this node with a proof. Stopping it includes the promise.
         if generation:
+            if await job.read(f"mapped/{instance}", partial(bool, instance in mapped)):
+                # A script, or an administrator, had its disks when the node was called dead.
+                await job.call(f"end scripts/{instance}", node, "os.unrun", {"instance": instance, "kill": True}, even_dead=True)
+                await job.call(f"unmap/{instance}", node, "disks.deactivate", {"owner": instance}, even_dead=True)
             stale = instance in running
             stop = await job.read(f"stale/{instance}", partial(bool, stale))
             method = "guest.stop" if stop else "claim.release"

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from atoll.model.places import OPEN_DIRECTORY
 from atoll.model.units import MAX_SIZE, MIB
-from atoll.operations.image_requests import CloudInit, ImageSource
+from atoll.operations.image_requests import EXPORTS, CloudInit, ImageSource, NodePath, OsName, OsParameters, OsTimeout
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=63)]
 Ref = Annotated[str, StringConstraints(min_length=1, max_length=128)]
@@ -28,6 +28,10 @@ class Request(BaseModel):
     def only_admins(self) -> str:
         """Why this request is for admins only although its operation is for operators too; empty = it is not."""
         return ""
+
+
+def _outside(path: str) -> str:
+    return "" if path.startswith(EXPORTS + "/") else f"{path} is outside of {EXPORTS}, where operators may have exports"
 
 
 def _foreign(images: list[ImageSource | None]) -> str:
@@ -238,7 +242,12 @@ class InstanceAdd(Request):
     node: Ref | None = None
     secondary: Ref | None = None
     group: Ref | None = None
-    os: str = ""
+    #: The OS definition whose scripts install it, as NAME or NAME+VARIANT.
+    os: OsName = ""
+    os_parameters: OsParameters = Field(default_factory=dict)
+    os_timeout: OsTimeout = 3600.0
+    #: ``os`` is only a note then.
+    no_install: bool = False
     kernel: str = ""
     initrd: str = ""
     append: str = ""
@@ -250,6 +259,50 @@ class InstanceAdd(Request):
     @property
     def only_admins(self) -> str:
         return _foreign([disk.image for disk in self.disks])
+
+
+class InstanceReinstall(Request):
+    """Let the scripts of an OS definition install it anew; all data on its disks may be lost. ``os`` None: the one it has."""
+
+    os: OsName | None = None
+    #: Those that are named are changed, the others stay; all of them go with another OS definition.
+    os_parameters: OsParameters = Field(default_factory=dict)
+    os_timeout: OsTimeout = 3600.0
+
+
+class InstanceRename(Rename):
+    """Give an instance a new name, and let the rename script of its OS definition tell the guest, if scripts have installed it."""
+
+    run_script: bool = True
+    os_timeout: OsTimeout = 600.0
+
+
+class InstanceExport(Request):
+    """Write a stopped instance into one file of ``node``, which reaches all its disks. ``shutdown`` stops a running one for that time."""
+
+    node: Ref
+    path: NodePath
+    overwrite: bool = False
+    shutdown: bool = False
+    timeout: Annotated[float, Field(ge=0, le=3600)] = 120.0
+
+    @property
+    def only_admins(self) -> str:
+        return _outside(self.path)
+
+
+class InstanceImport(Request):
+    """Make an instance from an export, a file of ``node``. ``template``: where its disks shall be; None: in pools of the same names."""
+
+    name: Name
+    node: Ref
+    path: NodePath
+    template: Ref | None = None
+    start: bool = True
+
+    @property
+    def only_admins(self) -> str:
+        return _outside(self.path)
 
 
 class InstanceRemove(Request):
@@ -342,7 +395,7 @@ class InstanceModify(Request):
 
     memory: Annotated[int, Field(ge=16 * MIB, le=1 << 46)] | None = None
     vcpus: Annotated[int, Field(ge=1, le=512)] | None = None
-    os: str | None = None
+    os: OsName | None = None
     kernel: str | None = None
     initrd: str | None = None
     append: str | None = None

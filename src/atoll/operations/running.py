@@ -7,7 +7,7 @@ from typing import Any
 
 from atoll.jobs.context import JobContext
 from atoll.jobs.steps import Changes, Undo, undo_function
-from atoll.model.errors import DiskInUse, NodeUnavailable, NotFound, WrongState
+from atoll.model.errors import DiskInUse, InUse, NodeUnavailable, NotFound, WrongState
 from atoll.model.messages import GuestDisk, GuestSpec
 from atoll.model.objects import Claim, Instance, Node, Pool, Volume, VolumeState
 from atoll.operations.state import State
@@ -146,6 +146,38 @@ def as_primary(state: State, instance: Instance, node: str) -> list[Volume]:
         if volume.node != node:
             swapped.append(volume.model_copy(update={"node": node, "secondary": volume.node}))
     return swapped
+
+
+async def take_by_hand(job: JobContext, instance: str, node: str, *, suffix: str = "") -> int:
+    """The claim goes to the node although no guest starts: nothing may start elsewhere while somebody works on the disks. Its generation.
+
+    Errors: InUse (another node holds it).
+    """
+
+    def take() -> Changes:
+        claim = job.state.claim(instance)
+        if claim.holder not in (None, node):
+            raise InUse("its claim is held by another node", hint="atoll instance info")
+        return Changes(put=[claim.model_copy(update={"holder": node, "generation": claim.generation + 1})])
+
+    generation: int = await job.read(f"next generation{suffix}", lambda: job.state.claim(instance).generation + 1)
+    undo = Undo("claim.free", {"instance": instance, "node": node, "generation": generation})
+    await job.write(f"take the claim{suffix}", take, undo)
+    return generation
+
+
+async def activate_on(job: JobContext, instance: str, node: str, *, suffix: str = "") -> tuple[int, dict[str, str]]:
+    """Take the claim and make the disks block devices of the node: the claim's generation, and volume -> path.
+
+    Errors: InUse, DiskInUse (somebody writes one of them), NotFound, PoolUnavailable.
+    """
+    generation = await take_by_hand(job, instance, node, suffix=suffix)
+    disks = await connect_disks(job, instance, node, suffix=suffix)
+    modes = await job.read(f"modes{suffix}", lambda: {d.volume: d.mode for d in job.state.store.require(Instance, instance).disks})
+    disks = [{**disk, "mode": modes[disk["connection"]["volume"]]} for disk in disks]
+    undo = Undo("disks.deactivate", {"owner": instance}, node=node, dies=True)
+    args = {"owner": instance, "disks": disks, "generation": generation}
+    return generation, await job.call(f"activate{suffix}", node, "disks.activate", args, undo=undo)
 
 
 async def start_on(

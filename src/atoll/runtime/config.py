@@ -41,6 +41,14 @@ class Config(BaseModel):
     guest_user: str = "atoll-guest"
     #: Bytes per second that a live migration away from this node sends at most; 0 = as fast as the network allows.
     migration_bandwidth: Annotated[int, Field(ge=0)] = 0
+    #: Where OS definitions are looked for, in this order.
+    os_dirs: tuple[Path, ...] = (
+        Path("/srv/ganeti/os"),
+        Path("/usr/local/lib/ganeti/os"),
+        Path("/usr/lib/ganeti/os"),
+        Path("/usr/share/ganeti/os"),
+        Path("/etc/atoll/os"),
+    )
     #: Seconds between heartbeats of an agent.
     heartbeat: float = 1.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"

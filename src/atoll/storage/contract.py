@@ -157,6 +157,22 @@ class Connector(Protocol):
     def attached(self) -> list[str]:
         """Volume ids that are attached here by this driver, as the node itself tells it."""
 
+    def map(self, connection: Connection, *, read_only: bool) -> Attached:
+        """Make it a block device of this node, for administrators and OS scripts, also where guests need none. Twice is success.
+
+        The caller holds the instance's claim: a mapping takes no lock that other nodes see.
+        Errors: PoolUnavailable, NotFound, Conflict (mapped with the other mode), HostError.
+        """
+
+    def unmap(self, connection: Connection) -> None:
+        """Undo that, when all that was written through it is durable; not mapped is success. By then nobody has it open.
+
+        Errors: DiskInUse (somebody has it open still), HostError.
+        """
+
+    def unmap_others(self, keep: list[str]) -> list[str]:
+        """End those mappings of this node that are of none of these volumes: what an agent that forgot them has left. Gives the volumes."""
+
 
 def as_json(value: Any) -> Any:
     """A driver's result as JSON-able data."""

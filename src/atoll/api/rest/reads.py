@@ -95,6 +95,11 @@ def router(leader: Leader) -> APIRouter:
         auth.require(request, leader, "admin")
         return answer({"logs": await leader.logs(views.find(leader.state, "node", target).id)})
 
+    @routes.get("/v1/os", tags=["os"], summary="The OS definitions on the nodes, and what is wrong with them where", operation_id="list_os")
+    async def os_definitions(request: Request) -> Response:
+        auth.require(request, leader, "reader")
+        return answer({"items": await leader.os_definitions()})
+
     for noun in views.KINDS:
         _reads_of(routes, leader, noun)
     return routes

@@ -52,6 +52,8 @@ def address(operation: Operation) -> tuple[str, str]:
         return "POST", f"/v1/cluster/{verb}"
     if verb in _CREATES:
         return "POST", f"/v1/{noun}s"
+    if verb == "import":
+        return "POST", f"/v1/{noun}s/{verb}"
     if verb in _DELETES:
         return "DELETE", f"/v1/{noun}s/{{target}}"
     return "POST", f"/v1/{noun}s/{{target}}/{verb}"

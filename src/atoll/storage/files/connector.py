@@ -1,4 +1,5 @@
-"""The node half of drivers that keep images as files: nothing is mapped or mounted, so nothing stays attached."""
+"""The node half of drivers that keep images as files: nothing is mapped or mounted for guests, so nothing stays attached. For people and
+OS scripts an image becomes a loop device."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import Literal
 from atoll.model.errors import InvalidInput
 from atoll.model.messages import Attached, Connection, PoolRef
 from atoll.storage import registry
-from atoll.storage.files import images, making
+from atoll.storage.files import images, loops, making
 from atoll.storage.files.directory import Directory
 
 
@@ -66,3 +67,25 @@ class FileConnector:
     def attached(self) -> list[str]:
         """See ``Connector``."""
         return []
+
+    def map(self, connection: Connection, *, read_only: bool) -> Attached:
+        """See ``Connector``."""
+        directory, logical_id = self._directory(connection), connection.data["logical_id"]
+        flags = os.O_RDONLY if read_only else os.O_RDWR
+        with directory.open() as fd, images.opened(fd, logical_id, flags) as image:
+            return Attached(volume=connection.volume, path=loops.attach(image, connection.volume, read_only=read_only))
+
+    def unmap(self, connection: Connection) -> None:
+        """See ``Connector``. The image is synced, too: a loop device's own flush may have been lost with whoever wrote."""
+        was = connection.volume in loops.mapped()
+        loops.detach(connection.volume)
+        if was:
+            with self._directory(connection).open() as fd, images.opened(fd, connection.data["logical_id"]) as image:
+                os.fsync(image)
+
+    def unmap_others(self, keep: list[str]) -> list[str]:
+        """See ``Connector``."""
+        gone = sorted(set(loops.mapped()) - set(keep))
+        for volume in gone:
+            loops.detach(volume, patience=0.0)
+        return gone
