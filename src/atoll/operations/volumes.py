@@ -52,16 +52,17 @@ def _prepare_create(state: State, target: str, request: VolumeCreate) -> Prepare
         check_new_name(state, Volume, request.name)
     image = request.image.model_dump(mode="json") if request.image else None
     owner = node.id if node else None
-    # Only for its errors; ids are chosen when the job runs.
+    # For its errors, and for the id: nobody changes a volume that is still being made. The rest is planned again when the job runs.
     plan = plan_volume(state, name=request.name or "check", pool=pool, size=request.size, adopt=request.adopt, image=image, node=owner)
-    held = [name_lock(Volume, request.name)] if request.name else []
+    ident = target or plan["volume"]
+    held = [f"volume:{ident}", *([name_lock(Volume, request.name)] if request.name else [])]
     if request.adopt:
         held.append(f"image:{pool.id}:{request.adopt}")
     source = request.image.path if request.image else request.adopt
     size = " ".join([*([format_size(request.size)] if request.size else []), *([f"from image {source}"] if source else [])])
     used = {pool.resource, *([node.resource] if node else []), *([f"node:{plan['image']['node']}"] if plan["image"] else [])}
     return Prepared(
-        frozen(request, pool=pool.id, node=node.id if node else None),
+        frozen(request, id=ident, pool=pool.id, node=node.id if node else None),
         locks(shared=used, exclusive=held),
         f"create volume {request.name or ''} ({size}) in pool {pool.name}".replace("  ", " "),
         deadline=DAY if request.image else None,
@@ -83,6 +84,7 @@ async def _run_create(job: JobContext, request: dict[str, Any]) -> Any:
             node=request["node"],
             options=request["options"],
             tags=request["tags"],
+            ident=request.get("id"),
         )
         return {**made, "name": made["name"] or made["volume"]}
 
