@@ -117,9 +117,7 @@ def compare(box: Box, model: Model) -> None:
     """The cluster is what the model says."""
     store = box.master.state.store
     assert {v.id: v.size for v in store.all(Volume)} == model.volumes
-    found = {
-        i.id: Machine(i.name, i.memory, i.desired == "running", [disk.volume for disk in i.disks]) for i in store.all(Instance)
-    }
+    found = {i.id: Machine(i.name, i.memory, i.desired == "running", [disk.volume for disk in i.disks]) for i in store.all(Instance)}
     assert found == model.machines
 
 

@@ -151,6 +151,14 @@ class Cluster(RuleBasedStateMachine):
     def drain(self, node: str, drained: bool) -> None:
         self.ask("node.modify", node, drained=drained)
 
+    @step(node=NODES, what=st.sampled_from(["nodes", "pool"]))
+    def lock_much(self, node: str, what: str) -> None:
+        """Operations that change nothing here, and want for themselves what many share."""
+        if what == "nodes":
+            self.ask("group.assign-nodes", "default", nodes=[node])
+        else:
+            self.ask("pool.check", "shared")
+
     @step(which=SOME, what=st.sampled_from(["cancel", "cancel", "resume", "undo"]))
     def steer(self, which: int, what: str) -> None:
         self.here.do(self.here.steer(what, which))

@@ -149,10 +149,14 @@ async def grow_image(job: JobContext, volume: str, size: int, prefer: str | None
     refuses and nothing has grown, the job ends undone. Errors: Settled."""
 
     def where() -> dict[str, Any]:
-        found = job.state.store.require(Volume, volume)
-        return {"refs": own_refs(job.state, found), "logical_id": found.logical_id}
+        state: State = job.state
+        found = state.store.require(Volume, volume)
+        refs = own_refs(state, found)
+        look = refs or [_any_ref(state, state.store.require(Pool, found.pool), prefer)]
+        return {"refs": refs, "look": look, "logical_id": found.logical_id}
 
     found = await job.read("where", where)
+    await look_at_pool(job, volume, found.get("look", []))  # an older version's journal has none
     await job.commit()
     key, args = f"grow image/{volume}", {"logical_id": found["logical_id"], "size": size}
     grown = 0
@@ -175,21 +179,21 @@ async def grow_image(job: JobContext, volume: str, size: int, prefer: str | None
 
 
 async def _has_grown(job: JobContext, volume: str, found: dict[str, Any], size: int) -> bool:
-    """Whether the storage shows the new size although it refused. What cannot be looked at was not grown by a refusal."""
+    """Whether the storage shows the new size although it refused. Errors: when it cannot be looked at, for then nobody knows."""
     state: State = job.state
     pool = state.store.require(Pool, state.store.require(Volume, volume).pool)
     try:
         node, ref = found["refs"][0] if found["refs"] else _any_ref(state, pool)
         stat = await job.ask(node, "volume.stat", {"ref": ref, "logical_id": found["logical_id"]})
-    except UNKNOWN_OUTCOME:
+    except (PoolUnavailable, *UNKNOWN_OUTCOME):
         raise
     except AtollError:
         return False
     return stat is not None and stat["size"] >= size
 
 
-def _any_ref(state: State, pool: Pool) -> tuple[str, dict[str, Any]]:
-    node = state.pool_node(pool)
+def _any_ref(state: State, pool: Pool, prefer: str | None = None) -> tuple[str, dict[str, Any]]:
+    node = state.pool_node(pool, prefer=prefer)
     return node.id, state.ref(pool, node).model_dump(mode="json")
 
 
@@ -218,9 +222,7 @@ def _prepare_rename(state: State, target: str, request: Rename) -> Prepared:
             raise InUse(f"volume {volume.name} is a disk of {owner.name}, which runs", hint=f"atoll instance stop {owner.name}")
         held.append(owner.resource)
     pool = state.store.require(Pool, volume.pool)
-    return Prepared(
-        frozen(request, id=volume.id), locks([pool.resource], held), f"rename volume {volume.name} to {request.new_name}"
-    )
+    return Prepared(frozen(request, id=volume.id), locks([pool.resource], held), f"rename volume {volume.name} to {request.new_name}")
 
 
 @undo_function("volume.name")
