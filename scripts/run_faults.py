@@ -31,12 +31,12 @@ class Group:
     jobs: bool = True
 
 
-STORE = tuple(f"tests/unit/test_{name}.py" for name in ("store_sqlite", "restore", "worker"))
+STORE = tuple(f"tests/unit/test_{name}.py" for name in ("store_sqlite", "power_cut", "backup", "replica", "worker"))
 PROCESSES = ("tests/faults/test_kill_steps.py", "tests/faults/test_masters.py")
 GROUPS = (
     Group("simulation", "every operation x step x fault, and random ones, in one process", ("tests/simulation",)),
     Group("conformance", "stores, drivers and hypervisors keep their contracts", ("tests/conformance",)),
-    Group("store", "kill -9, full disks, damage, restore", STORE),
+    Group("store", "kill -9, power cuts, full disks, damage, restore", STORE),
     Group("processes", "real masters and agents, killed at each step", PROCESSES, False),
     Group("guests", "real guests: start, migrate, failover, power cuts", ("tests/faults",), False),
 )

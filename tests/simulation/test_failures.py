@@ -7,7 +7,8 @@ import asyncio
 from typing import Any
 
 import pytest
-from simsupport import KILLS, STORIES, Story, Striker, Ticking, background, check, dump, finish, jobs, settle
+from simstories import STORIES
+from simsupport import KILLS, Story, Striker, Ticking, background, check, dump, finish, jobs, settle
 
 from atoll.lab.box import Box, simulate
 from atoll.model.errors import AtollError, GuestError, PoolFull, PoolUnavailable, WrongState

@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import Iterator
 
 import pytest
-from simsupport import KILLS, STORIES, Story, Striker, Ticking, check, dump, settle
+from simstories import STORIES
+from simsupport import KILLS, Story, Striker, Ticking, check, dump, settle
 
 from atoll.lab.box import simulate
 

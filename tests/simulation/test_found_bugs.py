@@ -11,11 +11,11 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from simsupport import Ticking, background, check, running, settle, stopped
+from simsupport import Ticking, check, running, settle, stopped
 
 from atoll.lab.box import Box, simulate
 from atoll.model.errors import GuestError, PoolUnavailable
-from atoll.model.objects import Instance, Job, JobState, Volume
+from atoll.model.objects import Instance, Job, Volume
 from atoll.model.units import GIB
 
 pytestmark = pytest.mark.timeout(300)

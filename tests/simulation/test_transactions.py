@@ -7,7 +7,8 @@ import asyncio
 from typing import Any
 
 import pytest
-from simsupport import STORIES, Story, Striker, Ticking, background, bounce_master, check, dump, settle
+from simstories import STORIES
+from simsupport import Story, Striker, Ticking, background, bounce_master, check, dump, settle
 
 from atoll.lab.box import Box, simulate
 from atoll.model.errors import AtollError, StoreError
