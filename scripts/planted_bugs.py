@@ -68,7 +68,7 @@ BUGS = (
         "undo=None,",
         "simulation",
         "tests/simulation/test_failures.py",
-        "test_every_failure and failover",
+        "test_every_failure and add-seed",
     ),
     Bug(
         "generation-check",

@@ -415,9 +415,8 @@ class Walk:
         self._replay()
         compare(box, self.model)
         for request in self.requests:
-            before = request.job
-            await self._send(request, 60.0)
-            assert request.job == before
+            if request.job is not None:
+                await self._send(request, 60.0)
         await asyncio.sleep(1.0)
         compare(box, self.model)
         self.requests.clear()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import random
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from atoll.lab.box import Box
 from atoll.model.objects import (
@@ -33,7 +35,20 @@ SETTLE = 30.0
 #: Virtual seconds between records that guests write.
 TICK = 0.25
 
+T = TypeVar("T")
 Action = Callable[[Box, str], Awaitable[None]]
+#: Whether every case is run, as ``make faults`` does; else a sample, which ``ATOLL_FAULT_SEED`` chooses.
+EVERYTHING = "ATOLL_FAULT_STEPS" in os.environ
+SEED = os.environ.get("ATOLL_FAULT_SEED", "0")
+
+
+def sample(cases: Iterable[T], name: str) -> list[T]:
+    """A third of the cases, and six at least, in their order; all of them in ``make faults``."""
+    found = list(cases)
+    if EVERYTHING:
+        return found
+    chosen = random.Random(f"{SEED} {name}").sample(range(len(found)), min(len(found), max(6, len(found) // 3)))
+    return [found[number] for number in sorted(chosen)]
 
 
 @dataclass

@@ -168,6 +168,8 @@ def rotate_ca(leave_behind: bool, **options: Any) -> None:
 
 for _command in masters.COMMANDS:
     cluster.add_command(_command)
+
+
 @cluster.command()
 @click.argument("nouns", nargs=-1)
 @click.option("--after", type=click.IntRange(0), metavar="ID", help="Begin with what came after the event with this id.")

@@ -30,7 +30,9 @@ def plan_volume(
     image: dict[str, Any] | None = None,
     ident: str | None = None,
 ) -> dict[str, Any]:
-    """All that the steps need, as JSON: the id is chosen here unless ``ident`` is one. ``node`` owns the disk of a node-local pool, else it just works first."""
+    """All that the steps need, as JSON; the id is chosen here unless ``ident`` is one.
+
+    ``node`` owns the disk of a node-local pool, else it just works first."""
     driver = state.driver(pool)
     if adopt is None and size is None and image is None:
         raise InvalidInput("a new volume needs a size", hint="--size 10G")
