@@ -16,6 +16,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import run_faults
+
 TOP = Path(__file__).resolve().parent.parent
 #: Seconds that the tests of one bug may take.
 LIMIT = 900
@@ -68,7 +70,7 @@ BUGS = (
         "undo=None,",
         "simulation",
         "tests/simulation/test_failures.py",
-        "test_every_failure and add-seed",
+        "test_cancel_at_every_point and add-seed",
     ),
     Bug(
         "generation-check",
@@ -134,7 +136,7 @@ def copy(to: Path) -> None:
 def run(top: Path, bug: Bug) -> tuple[int, str]:
     """pytest's exit status in the copy, and what it said."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", bug.tests, "-k", bug.chosen]
-    environment = {**os.environ, "PYTHONPATH": str(top / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(top / "src"), "PYTHONDONTWRITEBYTECODE": "1", "ATOLL_FAULT_STEPS": run_faults.STEPS}
     try:
         done = subprocess.run(command, cwd=top, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False)
     except subprocess.TimeoutExpired:

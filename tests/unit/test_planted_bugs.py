@@ -23,6 +23,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
+script("run_faults")  # which it imports
 PLANTED = script("planted_bugs")
 
 

@@ -32,7 +32,8 @@ def plan_volume(
 ) -> dict[str, Any]:
     """All that the steps need, as JSON; the id is chosen here unless ``ident`` is one.
 
-    ``node`` owns the disk of a node-local pool, else it just works first."""
+    ``node`` owns the disk of a node-local pool, else it just works first.
+    """
     driver = state.driver(pool)
     if adopt is None and size is None and image is None:
         raise InvalidInput("a new volume needs a size", hint="--size 10G")
