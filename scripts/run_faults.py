@@ -31,14 +31,14 @@ class Group:
     jobs: bool = True
 
 
-_STORE = ("store_sqlite", "store_trouble", "store_full_master", "backup", "replica", "worker", "logs")
+_STORE = ("store_sqlite", "power_cut", "store_trouble", "store_full_master", "backup", "replica", "worker", "logs")
 STORE = tuple(f"tests/unit/test_{name}.py" for name in _STORE)
 API = tuple(f"tests/unit/test_{name}.py" for name in ("rest_fuzz", "rest_roles", "rest_abuse", "httpserver"))
 PROCESSES = ("tests/faults/test_kill_steps.py", "tests/faults/test_masters.py")
 GROUPS = (
     Group("simulation", "every operation x step x fault, and random ones, in one process", ("tests/simulation",)),
     Group("conformance", "stores, drivers and hypervisors keep their contracts", ("tests/conformance",)),
-    Group("store", "kill -9, full and failing disks, damage, backups", STORE),
+    Group("store", "kill -9, power cuts, full and failing disks, damage, backups", STORE),
     Group("api", "made-up requests, every credential, clients that mean ill", API),
     Group("processes", "real masters and agents, killed at each step", PROCESSES, False),
     Group("guests", "real guests: start, migrate, failover, power cuts", ("tests/faults",), False),

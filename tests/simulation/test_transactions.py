@@ -7,7 +7,8 @@ import asyncio
 from typing import Any
 
 import pytest
-from simsupport import STORIES, Story, Striker, Ticking, background, bounce_master, check, dump, settle
+from simstories import STORIES
+from simsupport import Story, Striker, Ticking, background, bounce_master, check, dump, sample, settle
 
 from atoll.lab.box import Box, simulate
 from atoll.model.errors import AtollError, StoreError
@@ -87,6 +88,7 @@ def test_every_transaction(story: Story) -> None:
     failed: list[str] = []
     total = count(story)
     cases: list[tuple[int, Any]] = [(number, phase) for number in range(total) for phase in ("before", "after")]
+    cases = sample(cases, story.name)
     for number, phase in cases:
         try:
             run_case(story, number, phase)

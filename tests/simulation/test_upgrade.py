@@ -391,8 +391,6 @@ def test_a_job_waits_for_an_agent_that_is_too_old_to_tell_what_it_does() -> None
     simulate(story)
 
 
-
-
 @pytest.mark.parametrize(("skew", "severity"), [(0.5, None), (-60.0, "warning"), (3600.0, "error")])
 def test_a_clock_that_differs_is_found(skew: float, severity: str | None) -> None:
     async def story() -> None:

@@ -248,9 +248,7 @@ async def _frame(answer: aiohttp.ClientResponse) -> bytes:
         ("", {"Authorization": "Bearer bad"}, 401),
     ],
 )
-async def test_refusals(
-    rest: tuple[FakeLeader, aiohttp.ClientSession], query: str, headers: dict[str, str], status: int
-) -> None:
+async def test_refusals(rest: tuple[FakeLeader, aiohttp.ClientSession], query: str, headers: dict[str, str], status: int) -> None:
     async with rest[1].get(f"/v1/events{query}", headers=headers) as answer:
         assert answer.status == status
         assert (await answer.json(content_type=None))["hint"]

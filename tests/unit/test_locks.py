@@ -13,7 +13,8 @@ from atoll.model.objects import Locks
 
 
 class Plain:
-    """The rule itself: a job waits for all who hold what it wants, or asked before; what both share does not count."""
+    """The rule itself: a job waits for all who hold what it wants, or asked before; what both share does not count. A child of another job
+    waits for holders only."""
 
     def __init__(self) -> None:
         self.wants: dict[int, tuple[Locks, int | None]] = {}
@@ -23,11 +24,9 @@ class Plain:
         locks, parent = self.wants[job]
         found = set()
         for other, (theirs, _) in self.wants.items():
-            if other == job or not (other in self.granted or other < job):
+            if other == job or not (other in self.granted or (other < job and parent is None)):
                 continue
-            family = self.wants[parent][0].shared if parent in self.wants else ()  # type: ignore[index]
-            ours = set(locks.shared) - set(family)
-            if set(locks.exclusive) & {*theirs.shared, *theirs.exclusive} or ours & set(theirs.exclusive):
+            if set(locks.exclusive) & {*theirs.shared, *theirs.exclusive} or set(locks.shared) & set(theirs.exclusive):
                 found.add(other)
         return sorted(found)
 
@@ -82,6 +81,29 @@ def test_it_grants_what_the_plain_rule_grants(seed: int) -> None:
         for name in names:
             held = [j for j in plain.granted if name in {*plain.wants[j][0].shared, *plain.wants[j][0].exclusive}]
             assert table.holders(name) == sorted(held)
+
+
+def test_a_child_does_not_wait_for_who_waits_for_its_parent() -> None:
+    """An evacuation shares a node; somebody waits for that node and its group; a move of the evacuation shares the group."""
+    table = LockTable()
+    table.add(1, Locks(shared=("node:1",)))
+    table.add(2, Locks(exclusive=("group:1", "node:1")))
+    assert table.grantable() == [1]
+    table.add(3, Locks(shared=("group:1",), exclusive=("instance:1",)), parent=1)
+    assert table.grantable() == [3]
+    table.remove(3)
+    table.remove(1)
+    assert table.grantable() == [2]
+
+
+def test_a_child_waits_for_holders_though_its_parent_waits_again() -> None:
+    table = LockTable()
+    table.add(4, Locks(exclusive=("node:1",)), granted=True)
+    table.add(2, Locks(shared=("node:1",)))
+    table.add(3, Locks(shared=("node:1",)), parent=2)
+    assert table.grantable() == []
+    table.remove(4)
+    assert table.grantable() == [2, 3]
 
 
 def test_five_thousand_jobs_on_fifty_volumes_go_in_order_and_soon() -> None:

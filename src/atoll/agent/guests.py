@@ -156,6 +156,8 @@ class GuestOrders:
 
     async def plug(self, args: dict[str, Any], report: Report) -> Any:
         """Attach a volume and plug it."""
+        if args.get("even_ended") and await self._ended(args["instance"]):
+            return  # as an undo: it gets its disks when it starts again
         disk = GuestDisk(**args["disk"])
         connection = Connection(**args["connection"])
         attached = await self._attachments.attach(args["instance"], args["pool"], connection, args["access"])
@@ -164,13 +166,19 @@ class GuestOrders:
 
     async def unplug(self, args: dict[str, Any], report: Report) -> Any:
         """Unplug a volume and detach it; a guest that does not run has nothing plugged."""
+        if args.get("even_ended") and (await self._hypervisor.status(args["instance"])).state == "shutdown":
+            return  # as an undo: it writes nothing any more, and its process is cleared away with all its attachments
         if (await self._hypervisor.status(args["instance"])).state != "gone":
             await self._hypervisor.unplug(args["instance"], args["volume"], args["timeout"])
         await self._attachments.detach(args["instance"], [args["volume"]])
 
+    async def _ended(self, instance: str) -> bool:
+        """Whether the guest has no process, or one that only waits to be cleared away: nothing in it can change any more."""
+        return (await self._hypervisor.status(instance)).state in ("gone", "shutdown")
+
     async def resize(self, args: dict[str, Any], report: Report) -> Any:
         """Tell a running guest of its disk's new size; one that does not run sees it when it starts."""
-        if (await self._hypervisor.status(args["instance"])).state == "gone":
+        if await self._ended(args["instance"]):
             return
         found = self._attachments.connection(args["instance"], args["volume"])
         if found is None:

@@ -257,4 +257,3 @@ class Hub:
         self._followers.clear()
         if self._beating is not None:
             self._beating.cancel()
-

@@ -82,8 +82,8 @@ class Disk:
         # As QEMU: shared locks on what we do and on what we do not let others do, then look whether somebody else's contradict.
         for byte in (PERM_BASE + CONSISTENT_READ, SHARED_BASE + WRITE, *((PERM_BASE + WRITE,) if self.writes else ())):
             fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
-        taken = {SHARED_BASE + CONSISTENT_READ: "consistent read", PERM_BASE + WRITE: "shared \"write\""}
-        for byte, what in {**taken, **({SHARED_BASE + WRITE: "\"write\""} if self.writes else {})}.items():
+        taken = {SHARED_BASE + CONSISTENT_READ: "consistent read", PERM_BASE + WRITE: 'shared "write"'}
+        for byte, what in {**taken, **({SHARED_BASE + WRITE: '"write"'} if self.writes else {})}.items():
             asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
             if struct.unpack("hhqqi4x", fcntl.fcntl(self.fd, fcntl.F_OFD_GETLK, asked))[0] != fcntl.F_UNLCK:
                 self.close()

@@ -21,6 +21,16 @@ class _Want:
     locks: Locks
     granted: bool = False
 
+    @property
+    def child(self) -> bool:
+        """A child goes before all that wait, on every resource: whoever waits for its parent would wait for the child, which would wait
+        for him. It still waits for holders, and these wait for nobody."""
+        return self.parent is not None
+
+    def resources(self) -> list[tuple[str, bool]]:
+        """What it wants, and whether for itself alone."""
+        return [*((resource, True) for resource in self.locks.exclusive), *((resource, False) for resource in self.locks.shared)]
+
 
 @dataclass
 class _Queue:
@@ -60,17 +70,18 @@ class _Queue:
         if alone:
             del self.waiting_alone[bisect_left(self.waiting_alone, job)]
 
-    def ahead(self, job: int, *, alone: bool) -> int | None:
-        """A job that this one waits for; of those that wait themselves the last one before it, which is gone last."""
+    def ahead(self, job: int, *, alone: bool, first: bool) -> int | None:
+        """A job that this one waits for; of those that wait themselves the last one before it, which is gone last. ``first``: it goes
+        before all that wait."""
         waiting, holders = (self.waiting, self.holders) if alone else (self.waiting_alone, self.holders_alone)
-        before = bisect_left(waiting, job)
+        before = 0 if first else bisect_left(waiting, job)
         if before:
             return waiting[before - 1]
         return next((other for other in holders if other != job), None)
 
-    def all_ahead(self, job: int, *, alone: bool) -> set[int]:
+    def all_ahead(self, job: int, *, alone: bool, first: bool) -> set[int]:
         waiting, holders = (self.waiting, self.holders) if alone else (self.waiting_alone, self.holders_alone)
-        return {*waiting[: bisect_left(waiting, job)], *holders} - {job}
+        return {*([] if first else waiting[: bisect_left(waiting, job)]), *holders} - {job}
 
 
 class LockTable:
@@ -83,7 +94,6 @@ class LockTable:
         self._behind: dict[int, set[int]] = {}
         #: Waiting jobs that must be looked at.
         self._look: set[int] = set()
-        self._children: dict[int, set[int]] = {}
 
     def add(self, job: int, locks: Locks, *, parent: int | None = None, granted: bool = False) -> None:
         """A job asks for its locks; ``granted``: it holds them already (a running job after a restart)."""
@@ -94,10 +104,6 @@ class LockTable:
             self._queue(resource).put(job, alone=True, granted=granted)
         if not granted:
             self._look.add(job)
-        if parent is not None:
-            self._children.setdefault(parent, set()).add(job)
-        # What it shares, its children may share now, whoever waits.
-        self._look.update(child for child in self._children.get(job, ()) if not self._wants[child].granted)
 
     def _queue(self, resource: str) -> _Queue:
         return self._queues.setdefault(resource, _Queue())
@@ -126,11 +132,6 @@ class LockTable:
             queue.remove(job)
             if not queue.exclusive:
                 del self._queues[resource]
-        if want.parent is not None:
-            siblings = self._children[want.parent]
-            siblings.discard(job)
-            if not siblings:
-                del self._children[want.parent]
         self._look.discard(job)
         self._look.update(other for other in self._behind.pop(job, ()) if other in self._wants and not self._wants[other].granted)
 
@@ -151,27 +152,18 @@ class LockTable:
         return got
 
     def _first_ahead(self, want: _Want) -> int | None:
-        for resource, alone in self._wanted(want):
-            other = self._queues[resource].ahead(want.job, alone=alone)
+        for resource, alone in want.resources():
+            other = self._queues[resource].ahead(want.job, alone=alone, first=want.child)
             if other is not None:
                 return other
         return None
-
-    def _wanted(self, want: _Want) -> list[tuple[str, bool]]:
-        """The resources for which the job may have to wait, and whether it wants them for itself alone."""
-        found = [(resource, True) for resource in want.locks.exclusive]
-        for resource in want.locks.shared:
-            # A child shares what its parent shares already, even past an exclusive lock that waits for the parent: else both wait for ever.
-            if want.parent is None or self._queues[resource].exclusive.get(want.parent) is not False:
-                found.append((resource, False))
-        return found
 
     def blockers(self, job: int) -> list[int]:
         """The jobs that this one waits for."""
         want = self._wants[job]
         found: set[int] = set()
-        for resource, alone in self._wanted(want):
-            found |= self._queues[resource].all_ahead(job, alone=alone)
+        for resource, alone in want.resources():
+            found |= self._queues[resource].all_ahead(job, alone=alone, first=want.child)
         return sorted(found)
 
     def holders(self, resource: str) -> list[int]:

@@ -81,5 +81,3 @@ async def fill(
     push = {**source, "volume": volume, "host": address, "port": port, "server": ref["node"]}
     await job.call(key, image["node"], "image.push", push, undo=undo, deadline=LONG, span=span)
     await job.call(f"end of {key}", node, "copy.unserve", {"volume": volume})
-
-

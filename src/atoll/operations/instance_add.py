@@ -85,7 +85,8 @@ def plan_add(state: State, request: dict[str, Any]) -> dict[str, Any]:
     if request["cloud_init"]:
         volumes.append(_plan_seed(state, request, pools, node, secondary, group))
     return {
-        "instance": new_id("i", state.rng),
+        # A job that an older version has submitted has no id yet.
+        "instance": request.get("id") or new_id("i", state.rng),
         "node": node.id,
         "group": node.group,
         "secondary": secondary,
@@ -137,7 +138,9 @@ def _prepare_add(state: State, target: str, request: InstanceAdd) -> Prepared:
     data = {**request.model_dump(mode="json"), "cloud_init": kept}
     check_new_name(state, Instance, request.name)
     plan = plan_add(state, data)  # for its errors only; it is made again when the locks are granted
-    held = [name_lock(Instance, request.name)]
+    # It has its id from the beginning, and is locked by it: nobody changes or removes an instance that is still being made.
+    ident = target or plan["instance"]
+    held = [f"instance:{ident}", name_lock(Instance, request.name)]
     held += [name_lock(Volume, v["name"]) for v in plan["volumes"]]
     held += [f"image:{v['pool']}:{v['adopt']}" for v in plan["volumes"] if v["adopt"]]
     shared = [f"pool:{v['pool']}" for v in plan["volumes"]] + [f"group:{plan['group']}", f"node:{plan['node']}"]
@@ -145,7 +148,7 @@ def _prepare_add(state: State, target: str, request: InstanceAdd) -> Prepared:
     deadline = DAY if installs(data) or any(v["image"] for v in plan["volumes"]) else None
     sizes = ", ".join(format_size(v["size"]) if v["size"] else "from an image" for v in plan["volumes"]) or "no disks"
     summary = f"add instance {request.name} ({sizes})"
-    return Prepared(frozen(request, node=plan["node"], cloud_init=kept), locks(shared, held), summary, deadline=deadline)
+    return Prepared(frozen(request, id=ident, node=plan["node"], cloud_init=kept), locks(shared, held), summary, deadline=deadline)
 
 
 @undo_function("instance.forget")

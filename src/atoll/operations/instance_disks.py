@@ -110,7 +110,9 @@ async def plug_volume(job: JobContext, instance: str, volume: str, mode: str) ->
     if node is None:
         return
     args = await _plug_args(job, instance, node, volume, slot, mode)
-    undo = Undo("guest.unplug", {"instance": instance, "volume": volume, "timeout": 20.0}, node=node, dies=True)
+    # The guest may have ended itself meanwhile; that must not keep the undo from ending.
+    back = {"instance": instance, "volume": volume, "timeout": 20.0, "even_ended": True}
+    undo = Undo("guest.unplug", back, node=node, dies=True)
     await job.call("plug", node, "guest.plug", args, undo=undo)
 
 
@@ -276,7 +278,7 @@ async def _unplug(job: JobContext, request: dict[str, Any]) -> None:
         slot, mode = await job.read("slot", lambda: _place_of(job.state.store.require(Instance, request["id"]), request["volume"]))
         back = await _plug_args(job, request["id"], node, request["volume"], slot, mode, plugged=True)
         args = {"instance": request["id"], "volume": request["volume"], "timeout": request["timeout"]}
-        undo = Undo("guest.plug", back, node=node, dies=True)
+        undo = Undo("guest.plug", {**back, "even_ended": True}, node=node, dies=True)
         await job.call("unplug", node, "guest.unplug", args, undo=undo, deadline=request["timeout"] + 30.0)
     await job.commit()
     await job.write("drop the disk", lambda: _drop_disk(job.state, {"instance": request["id"], "volume": request["volume"]}))

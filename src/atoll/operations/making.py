@@ -31,8 +31,12 @@ def plan_volume(
     options: dict[str, str] | None = None,
     tags: list[str] | None = None,
     image: dict[str, Any] | None = None,
+    ident: str | None = None,
 ) -> dict[str, Any]:
-    """All that the steps need, as JSON: ids are chosen here. ``node`` owns the disk of a node-local pool, else it just works first."""
+    """All that the steps need, as JSON; the id is chosen here unless ``ident`` is one.
+
+    ``node`` owns the disk of a node-local pool, else it just works first.
+    """
     driver = state.driver(pool)
     if adopt is None and size is None and image is None:
         raise InvalidInput("a new volume needs a size", hint="--size 10G")
@@ -46,7 +50,7 @@ def plan_volume(
     worker = state.pool_node(pool, prefer=source["node"] if source else node, owner=node)
     owners = {"node": worker.id if driver.node_local else None, "secondary": secondary if driver.node_local else None}
     return {
-        "volume": new_id("vol", state.rng),
+        "volume": ident or new_id("vol", state.rng),
         "name": name,
         "pool": pool.id,
         "size": check_size_for(driver, size) if size is not None else 0,

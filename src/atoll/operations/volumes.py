@@ -53,16 +53,17 @@ def _prepare_create(state: State, target: str, request: VolumeCreate) -> Prepare
         check_new_name(state, Volume, request.name)
     image = request.image.model_dump(mode="json") if request.image else None
     owner = node.id if node else None
-    # Only for its errors; ids are chosen when the job runs.
+    # For its errors, and for the id: nobody changes a volume that is still being made. The rest is planned again when the job runs.
     plan = plan_volume(state, name=request.name or "check", pool=pool, size=request.size, adopt=request.adopt, image=image, node=owner)
-    held = [name_lock(Volume, request.name)] if request.name else []
+    ident = target or plan["volume"]
+    held = [f"volume:{ident}", *([name_lock(Volume, request.name)] if request.name else [])]
     if request.adopt:
         held.append(f"image:{pool.id}:{request.adopt}")
     source = request.image.path if request.image else request.adopt
     size = " ".join([*([format_size(request.size)] if request.size else []), *([f"from image {source}"] if source else [])])
     used = {pool.resource, *([node.resource] if node else []), *([f"node:{plan['image']['node']}"] if plan["image"] else [])}
     return Prepared(
-        frozen(request, pool=pool.id, node=node.id if node else None),
+        frozen(request, id=ident, pool=pool.id, node=node.id if node else None),
         locks(shared=used, exclusive=held),
         f"create volume {request.name or ''} ({size}) in pool {pool.name}".replace("  ", " "),
         deadline=DAY if request.image else None,
@@ -84,6 +85,7 @@ async def _run_create(job: JobContext, request: dict[str, Any]) -> Any:
             node=request["node"],
             options=request["options"],
             tags=request["tags"],
+            ident=request.get("id"),
         )
         return {**made, "name": made["name"] or made["volume"]}
 
@@ -148,10 +150,14 @@ async def grow_image(job: JobContext, volume: str, size: int, prefer: str | None
     refuses and nothing has grown, the job ends undone. Errors: Settled."""
 
     def where() -> dict[str, Any]:
-        found = job.state.store.require(Volume, volume)
-        return {"refs": own_refs(job.state, found), "logical_id": found.logical_id}
+        state: State = job.state
+        found = state.store.require(Volume, volume)
+        refs = own_refs(state, found)
+        look = refs or [_any_ref(state, state.store.require(Pool, found.pool), prefer)]
+        return {"refs": refs, "look": look, "logical_id": found.logical_id}
 
     found = await job.read("where", where)
+    await look_at_pool(job, volume, found.get("look", []))  # an older version's journal has none
     await job.commit()
     key, args = f"grow image/{volume}", {"logical_id": found["logical_id"], "size": size}
     grown = 0
@@ -184,21 +190,21 @@ def _lost(state: State, volume: str, where: str) -> NodeUnavailable:
 
 
 async def _has_grown(job: JobContext, volume: str, found: dict[str, Any], size: int) -> bool:
-    """Whether the storage shows the new size although it refused. What cannot be looked at was not grown by a refusal."""
+    """Whether the storage shows the new size although it refused. Errors: when it cannot be looked at, for then nobody knows."""
     state: State = job.state
     pool = state.store.require(Pool, state.store.require(Volume, volume).pool)
     try:
         node, ref = found["refs"][0] if found["refs"] else _any_ref(state, pool)
         stat = await job.ask(node, "volume.stat", {"ref": ref, "logical_id": found["logical_id"]})
-    except UNKNOWN_OUTCOME:
+    except (PoolUnavailable, *UNKNOWN_OUTCOME):
         raise
     except AtollError:
         return False
     return stat is not None and stat["size"] >= size
 
 
-def _any_ref(state: State, pool: Pool) -> tuple[str, dict[str, Any]]:
-    node = state.pool_node(pool)
+def _any_ref(state: State, pool: Pool, prefer: str | None = None) -> tuple[str, dict[str, Any]]:
+    node = state.pool_node(pool, prefer=prefer)
     return node.id, state.ref(pool, node).model_dump(mode="json")
 
 
@@ -227,9 +233,7 @@ def _prepare_rename(state: State, target: str, request: Rename) -> Prepared:
             raise InUse(f"volume {volume.name} is a disk of {owner.name}, which runs", hint=f"atoll instance stop {owner.name}")
         held.append(owner.resource)
     pool = state.store.require(Pool, volume.pool)
-    return Prepared(
-        frozen(request, id=volume.id), locks([pool.resource], held), f"rename volume {volume.name} to {request.new_name}"
-    )
+    return Prepared(frozen(request, id=volume.id), locks([pool.resource], held), f"rename volume {volume.name} to {request.new_name}")
 
 
 @undo_function("volume.name")

@@ -122,9 +122,7 @@ class Database:
                 hint="upgrade this master: docs/howto/upgrade.md",
             )
         steps = " ".join(STEPS[number] for number in range(found, SCHEMA))
-        self._db.executescript(
-            f"BEGIN IMMEDIATE; {steps or _TABLES} INSERT OR REPLACE INTO meta VALUES ('schema', {SCHEMA}); COMMIT;"
-        )
+        self._db.executescript(f"BEGIN IMMEDIATE; {steps or _TABLES} INSERT OR REPLACE INTO meta VALUES ('schema', {SCHEMA}); COMMIT;")
 
     def _read_meta(self) -> None:
         meta = dict(self._db.execute("SELECT key, value FROM meta"))
