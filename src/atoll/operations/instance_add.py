@@ -78,7 +78,8 @@ def plan_add(state: State, request: dict[str, Any]) -> dict[str, Any]:
     if request["cloud_init"]:
         volumes.append(_plan_seed(state, request, pools, node, secondary, group))
     return {
-        "instance": new_id("i", state.rng),
+        # A job of release 0.1.0 has no id before it begins.
+        "instance": request.get("instance") or new_id("i", state.rng),
         "node": node.id,
         "group": node.group,
         "secondary": secondary,
@@ -130,7 +131,8 @@ def _prepare_add(state: State, target: str, request: InstanceAdd) -> Prepared:
     data = {**request.model_dump(mode="json"), "cloud_init": kept}
     check_new_name(state, Instance, request.name)
     plan = plan_add(state, data)  # for its errors only; it is made again when the locks are granted
-    held = [name_lock(Instance, request.name)]
+    # From its first record on, nobody else may work on it: what this job undoes, another one would be using.
+    held = [name_lock(Instance, request.name), f"instance:{plan['instance']}"]
     held += [name_lock(Volume, v["name"]) for v in plan["volumes"]]
     held += [f"image:{v['pool']}:{v['adopt']}" for v in plan["volumes"] if v["adopt"]]
     shared = [f"pool:{v['pool']}" for v in plan["volumes"]] + [f"group:{plan['group']}", f"node:{plan['node']}"]
@@ -138,7 +140,8 @@ def _prepare_add(state: State, target: str, request: InstanceAdd) -> Prepared:
     deadline = DAY if any(v["image"] for v in plan["volumes"]) else None
     sizes = ", ".join(format_size(v["size"]) if v["size"] else "from an image" for v in plan["volumes"]) or "no disks"
     summary = f"add instance {request.name} ({sizes})"
-    return Prepared(frozen(request, node=plan["node"], cloud_init=kept), locks(shared, held), summary, deadline=deadline)
+    kept_request = frozen(request, node=plan["node"], cloud_init=kept, instance=plan["instance"])
+    return Prepared(kept_request, locks(shared, held), summary, deadline=deadline)
 
 
 @undo_function("instance.forget")
