@@ -1,7 +1,7 @@
 # Atoll: `make help` tells what there is.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults check lint bench clean docs
+.PHONY: help setup demo test faults model check lint bench clean docs
 
 # How many tests run side by side; those that start guests or labs take turns whatever this is.
 JOBS ?= 2
@@ -26,6 +26,10 @@ test:  ## runs every test (as root: also those with real guests and nodes)
 faults:  ## runs every fault test at full length and counts the cases (ONLY="simulation conformance store api processes guests": some of it)
 	@scripts/setup.sh test
 	@.venv/bin/python scripts/run_faults.py --jobs $(JOBS) $(ONLY)
+
+model:  ## searches the model of claims and migrations completely, about four minutes (ONLY="2-jobs bug-undo": some of it)
+	@scripts/setup.sh model
+	@.venv/bin/python scripts/run_model.py $(ONLY)
 
 check:  ## a look in under a minute: lint, and the fast tests
 	@scripts/setup.sh check

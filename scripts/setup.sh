@@ -3,6 +3,7 @@
 #
 #   scripts/setup.sh demo     programs of the host (QEMU, file systems, ...) and a virtual environment in .venv
 #   scripts/setup.sh test     the same, and what the tests need
+#   scripts/setup.sh model    only the virtual environment, and the model checker with its compiler
 #   scripts/setup.sh check    only the virtual environment, with what tests and checkers need
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -11,10 +12,11 @@ packages=(python3 python3-venv)
 host=(qemu-system-x86 qemu-utils busybox-static xfsprogs iproute2 lz4 cpio binutils gcc libc6-dev openssl procps openssh-client mmdebstrap extlinux e2fsprogs)
 case ${1:-demo} in
     demo) extras="" packages+=("${host[@]}") ;;
-    test) extras="[test]" packages+=("${host[@]}" bindfs) ;;
+    test) extras="[test]" packages+=("${host[@]}" bindfs spin) ;;
+    model) extras="" packages+=(spin gcc libc6-dev) ;;
     check) extras="[test,check]" ;;
     docs) extras="[docs]" ;;
-    *) echo "usage: scripts/setup.sh demo|test|check|docs" >&2; exit 2 ;;
+    *) echo "usage: scripts/setup.sh demo|test|model|check|docs" >&2; exit 2 ;;
 esac
 
 # Two makes at the same time take turns.

@@ -377,14 +377,14 @@ def test_whom_a_certificate_names() -> None:
 
 
 def test_a_machine_that_joins_another_cluster_forgets_the_first_and_one_that_rejoins_does_not(tmp_path: Path) -> None:
-    from atoll.agent.join import _forget_other_cluster
+    from atoll.agent.join import forget_other_cluster
     from atoll.runtime.config import Config
 
     config = Config(etc_dir=tmp_path / "etc", state_dir=tmp_path)
     pair = certs.issue(certs.create_ca("test"), "node", "node-1", "node1")
     certs.save(config.tls_dir, pair.cert_pem, pair.cert_pem, pair.key_pem)
     (tmp_path / "agent.db").touch()
-    _forget_other_cluster(config, "node-1")
+    forget_other_cluster(config, "node-1")
     assert (tmp_path / "agent.db").exists()
-    _forget_other_cluster(config, "node-2")
+    forget_other_cluster(config, "node-2")
     assert not (tmp_path / "agent.db").exists()

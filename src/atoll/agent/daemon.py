@@ -23,6 +23,7 @@ from atoll.agent.server import create_app
 from atoll.agent.standby import StandbyOrders
 from atoll.hypervisor.contract import Hypervisor
 from atoll.model.errors import AtollError, InvalidInput
+from atoll.runtime import certs
 from atoll.runtime.config import Config, load
 from atoll.runtime.files import lock_exclusively
 from atoll.runtime.httpserver import listening
@@ -65,7 +66,7 @@ async def run(config: Config, path: str = "") -> None:
     config.run_dir.mkdir(parents=True, exist_ok=True)
     lock = lock_exclusively(config.state_dir / "agent.lock")
     storage = StorageHost(guest_user=config.guest_user)
-    memory = Memory(open_database(config.state_dir / "agent.db"))
+    memory = Memory(open_database(config.state_dir / "agent.db"), certs.owner((config.tls_dir / "cert.pem").read_text()))
     copying = CopyOrders(storage, config.tls_dir, config.run_dir, config.address)
     looks = LookOrders(config, storage, path)
     more = {**looks.handlers(), **copying.handlers(), **ImageOrders(copying, config.tls_dir).handlers(), **SeedOrders(copying).handlers()}

@@ -46,7 +46,7 @@ def join(master_url: str, name: str, address: str, token: str, config: Path, ove
     key, csr = certs.make_key_and_csr(name, [address])
     body = {"token": token.strip(), "name": name, "address": address, "port": settings.agent_port, "csr": csr}
     answer, ca = asyncio.run(_ask(where.hostname, where.port or 7770, fingerprint, body))
-    _forget_other_cluster(settings, answer["node"])
+    forget_other_cluster(settings, answer["node"])
     certs.save(settings.tls_dir, ca, answer["certificate"], key)
     # Whom it followed in the cluster that it was in before.
     forget_masters(settings.state_dir)
@@ -57,7 +57,7 @@ def join(master_url: str, name: str, address: str, token: str, config: Path, ove
     return settle_in(final, config, ("agent",))
 
 
-def _forget_other_cluster(config: Config, node: str) -> None:
+def forget_other_cluster(config: Config, node: str) -> None:
     """Terms and jobs that this machine remembers of another cluster would make it refuse this one's master, or tell it that it was deposed.
     What it has promised as this very node (``node``: its id), it goes on to keep."""
     known = config.tls_dir / "cert.pem"

@@ -14,7 +14,7 @@ from typing import Any
 
 import structlog
 
-from atoll.model.errors import HostError, StaleTerm
+from atoll.model.errors import HostError, StaleTerm, StaleTurn
 
 log = structlog.get_logger()
 
@@ -22,6 +22,7 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS number (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS word (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS refused (instance TEXT PRIMARY KEY, generation INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS turn (instance TEXT PRIMARY KEY, term INTEGER NOT NULL, turn INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS step (job INTEGER, step TEXT, state TEXT NOT NULL, result TEXT, PRIMARY KEY (job, step));
 """
 #: Without its memory a node does not know what it has promised: it must not simply begin with an empty one.
@@ -61,13 +62,33 @@ def _trouble(text: str, error: sqlite3.Error) -> HostError:
 class Memory:
     """An agent's memory. Small enough that every call answers at once."""
 
-    def __init__(self, database: sqlite3.Connection) -> None:
+    def __init__(self, database: sqlite3.Connection, owner: str = "") -> None:
+        """``owner``: the id of the node that remembers, which no other cluster has; empty: nobody has said.
+
+        Errors: HostError for another node's memory.
+        """
         self._db = database
+        self._check_owner(owner)
         numbers = dict(self._do("SELECT name, value FROM number").fetchall())
         self._term: int = numbers.get("term", 0)
         self._oldest: int = numbers.get("oldest_job", 0)
         self._master: str = dict(self._do("SELECT name, value FROM word").fetchall()).get("master", "")
         self._written = self._oldest
+        rows = self._do("SELECT instance, term, turn FROM turn").fetchall()
+        self._turns: dict[str, tuple[int, int]] = {row[0]: (int(row[1]), int(row[2])) for row in rows}
+        #: Instances whose turns are to be written with the next step.
+        self._turned: set[str] = set()
+
+    def _check_owner(self, owner: str) -> None:
+        words = dict(self._do("SELECT name, value FROM word").fetchall())
+        if owner and words.get("owner", owner) != owner:
+            raise HostError(
+                f"the agent's memory here is that of node {words['owner']}; this node is {owner}, and what it has promised is not in it",
+                hint="put this node's own state directory back; if it is lost: docs/howto/node-returns.md",
+            )
+        if owner and "owner" not in words:
+            # That of release 0.1.0, or a new one.
+            self._do("INSERT INTO word VALUES ('owner', ?)", (owner,))
 
     @property
     def term(self) -> int:
@@ -101,6 +122,18 @@ class Memory:
         """
         self._oldest = max(self._oldest, number)
 
+    def see_turn(self, instance: str, term: int, turn: int) -> None:
+        """A job speaks that has the instance for itself; from now on earlier ones are refused. Written with the step that it begins.
+
+        Errors: StaleTurn when a later one has spoken before.
+        """
+        known = self._turns.get(instance, (0, 0))
+        if (term, turn) < known:
+            raise StaleTurn(f"a later job has worked on {instance} here since (turn {known[1]}, this order has {turn})")
+        if (term, turn) > known:
+            self._turns[instance] = (term, turn)
+            self._turned.add(instance)
+
     def refused(self, instance: str) -> int:
         """The highest generation of the instance that this node promised to refuse; 0 = none."""
         row = self._do("SELECT generation FROM refused WHERE instance = ?", (instance,)).fetchone()
@@ -129,16 +162,19 @@ class Memory:
         """Remember how far a step is."""
         self._do("INSERT OR REPLACE INTO step VALUES (?, ?, ?, ?)", (job, step, state, json.dumps(result)))
 
-    def begin(self, job: int, step: str) -> None:
-        """Remember that a step runs, and which jobs have ended, with one write to the disk."""
-        if self._oldest == self._written:
-            self.set_step(job, step, "running")
+    def begin(self, job: int, step: str, state: str = "running") -> None:
+        """Remember that a step runs, which jobs have ended and whose turn it is, with one write to the disk."""
+        if self._oldest == self._written and not self._turned:
+            self.set_step(job, step, state)
             return
         with self._writing():
             self._db.execute("INSERT OR REPLACE INTO number VALUES ('oldest_job', ?)", (self._oldest,))
             self._db.execute("DELETE FROM step WHERE job < ?", (self._oldest,))
-            self.set_step(job, step, "running")
+            turns = [(instance, *self._turns[instance]) for instance in self._turned]
+            self._db.executemany("INSERT OR REPLACE INTO turn VALUES (?, ?, ?)", turns)
+            self.set_step(job, step, state)
         self._written = self._oldest
+        self._turned.clear()
 
     def drop_step(self, job: int, step: str) -> None:
         """The step failed without effect: a repeat may try again. One that stays known as running is tried again just so."""

@@ -63,6 +63,8 @@ class Service:
         if call.job and call.job < self.memory.oldest_job:
             raise StepUndone(f"job {call.job} has ended; this order ({call.method}) is a late copy")
         self.memory.see_oldest_job(call.oldest_job)
+        if call.turn and call.instance:
+            self.memory.see_turn(call.instance, call.term, call.turn)
         handler = self._handlers.get(call.method)
         if handler is None:
             raise NotFound(f"this agent (version {__version__}) does not know the order {call.method!r}", hint="upgrade the agent")
@@ -126,7 +128,7 @@ class Service:
         if known and known[0] == "undone":
             return known[1]
         # First the promise, then the effect: a late copy of the order must find it whatever happens now.
-        self.memory.set_step(*name, "undoing")
+        self.memory.begin(*name, "undoing")
         running = self._running.get(name)
         if running is not None and running.task is not None:
             running.task.cancel()

@@ -144,8 +144,9 @@ class JobContext:
             await unbroken(self._transact([step], []))
             self._add(step)
         await self._point("after-intent")
+        report, turn = self._reporter(key, span), self._engine.turn(self.id, args)
         result = await self._engine.agents.order(
-            node, self.id, key, method, args, deadline=deadline, report=self._reporter(key, span), even_dead=even_dead
+            node, self.id, key, method, args, deadline=deadline, report=report, even_dead=even_dead, turn=turn
         )
         await self._point("after-effect")
         done = step.model_copy(update={"state": StepState.DONE, "result": result})

@@ -15,7 +15,7 @@ from atoll.jobs.steps import Attention, Settled
 from atoll.jobs.submit import Submitter
 from atoll.jobs.undo import UndoFailed, undo_steps
 from atoll.model.errors import AtollError, Cancelled, DeadlineExceeded, NodeUnavailable, NotFound, NotLeader, StoreError, WrongState
-from atoll.model.messages import Progress
+from atoll.model.messages import Progress, instance_of
 from atoll.model.objects import Hold, IdempotencyKey, Job, JobState, Locks, Step
 from atoll.rpc.agents import Agents
 from atoll.runtime.clock import Clock
@@ -46,6 +46,9 @@ class Engine:
         #: Jobs that must queue again, for more locks.
         self._again: set[int] = set()
         self._records: dict[int, asyncio.Lock] = {}
+        #: When each job got its locks; a job that a new leader takes up has its turn anew, in the new term.
+        self._turns: dict[int, int] = {}
+        self._last_turn = 0
         self._open = {job.number for job in store.all(Job) if not job.state.ended}
         #: The same as a heap, with some that have ended meanwhile: only its least one is asked for, and that with each order.
         self._oldest = sorted(self._open)
@@ -64,6 +67,7 @@ class Engine:
                     self._recovering.add(job.number)
                 self._locks.add(job.number, job.locks, parent=job.parent, granted=granted)
                 if granted:
+                    self._take_turn(job.number)
                     self._spawn(job.number)
         self._grant()
 
@@ -136,6 +140,17 @@ class Engine:
     def busy(self, resource: str) -> bool:
         """Whether a job holds a lock on the resource now."""
         return bool(self._locks.holders(resource))
+
+    def turn(self, number: int, args: dict[str, Any]) -> int:
+        """When the job got its locks, counted in this term: for an order about an instance that it has for itself; 0 for others. Jobs
+        that share an instance have no order among themselves."""
+        instance = instance_of(args)
+        alone = instance and f"instance:{instance}" in self.job(number).locks.exclusive
+        return self._turns[number] if alone else 0
+
+    def _take_turn(self, number: int) -> None:
+        self._last_turn += 1
+        self._turns[number] = self._last_turn
 
     # --- submitting (see submit.py) ---
 
@@ -224,6 +239,7 @@ class Engine:
 
     def _grant(self) -> None:
         for number in self._locks.grantable():
+            self._take_turn(number)
             if number not in self._tasks:
                 self._spawn(number)
 
@@ -248,6 +264,7 @@ class Engine:
                 if job is None or job.state.ended:
                     self._open.discard(number)
                     self._records.pop(number, None)
+                    self._turns.pop(number, None)
                 self._locks.remove(number)
                 self._wake(number)
                 self._grant()

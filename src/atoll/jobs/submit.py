@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from atoll.jobs.context import unbroken
 from atoll.jobs.steps import args_hash
 from atoll.model.errors import UNKNOWN_OUTCOME, AtollError, Held, InvalidInput, KeyReused
-from atoll.model.objects import KINDS, Hold, IdempotencyKey, Job
+from atoll.model.objects import KINDS, Hold, IdempotencyKey, Instance, Job
 
 if TYPE_CHECKING:
     from atoll.jobs.engine import Engine
@@ -139,5 +139,6 @@ class Submitter:
             return ()
         fields = {name: value for name, value in job.request.items() if name in operation.request.model_fields}
         prepared = operation.prepare(self._engine.state, job.request.get("id", ""), operation.request.model_validate(fields))
-        # Names that are chosen anew are checked where they are given.
-        return tuple(name for name in prepared.locks.exclusive if not name.startswith("name:") and name not in job.locks.exclusive)
+        # Names that are chosen anew are checked where they are given; an instance that is not there yet has got another id now.
+        new = [name for name in prepared.locks.exclusive if not name.startswith("name:") and name not in job.locks.exclusive]
+        return tuple(name for name in new if not name.startswith("instance:") or self._engine.store.get(Instance, name[9:]))

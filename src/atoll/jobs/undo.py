@@ -62,7 +62,8 @@ async def _undo_one(engine: Engine, job: Job, step: Step, undo: Undo) -> None:
 async def _order(engine: Engine, job: Job, step: Step, undo: Undo) -> None:
     assert undo.node is not None
     try:
-        await engine.agents.order(undo.node, job.number, step.key, undo.method, undo.args, undo=True, deadline=undo.deadline)
+        turn = engine.turn(job.number, undo.args)
+        await engine.agents.order(undo.node, job.number, step.key, undo.method, undo.args, undo=True, deadline=undo.deadline, turn=turn)
     except NodeUnavailable as dead:
         if undo.dies or (undo.local and engine.state.disks_are_lost(undo.node)):
             return

@@ -23,6 +23,7 @@ class HealthMonitor:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._heard: dict[str, _Heard] = {}
+        self._began = clock.monotonic()
 
     def hear(self, node: str, report: NodeReport) -> None:
         """A heartbeat."""
@@ -36,6 +37,14 @@ class HealthMonitor:
         """Whether it has been heard lately."""
         since = self.since(node)
         return since is not None and since < GRACE
+
+    def doubt(self, node: str) -> float:
+        """Seconds until this master has been without the node for the whole grace, its own beginning included; 0 = it has.
+
+        Before that a person's word counts for nothing: the node may have been answered by the master before this one a moment ago, and
+        may still begin what that one ordered (see ``agent.contact``).
+        """
+        return max(0.0, max(self._began, self.heard_at(node)) + GRACE - self._clock.monotonic())
 
     def report(self, node: str) -> NodeReport | None:
         """The newest report, however old."""

@@ -165,11 +165,11 @@ class MasterLeader:
         await self._ready.wait()
         if node_is_dead:
             node = self._state.store.find(Node, node_is_dead)
+            await self._state.listen(node.id)
             if self.health.alive(node.id) or await self._answers(node.id):
                 raise NodeAnswers(f"node {node.name} answers; it is not dead")
             if self._state.store.get(DeathProof, node.id) is None:
-                if self.health.alive(node.id):
-                    raise NodeAnswers(f"node {node.name} answers; it is not dead")
+                self._state.check_silent(node.id)
                 proof = DeathProof(id=node.id, method="human", who=f"resume of job {job}", at=self._state.clock.now())
                 await self._state.store.write(put=[proof])
         await self.engine.resume(job)

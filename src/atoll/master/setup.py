@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 from atoll.agent.hostsetup import settle_in
-from atoll.agent.join import configured
+from atoll.agent.join import configured, forget_other_cluster
 from atoll.master.authority import sealed
 from atoll.model.errors import AlreadyExists, HostError
 from atoll.model.ids import check_name, new_id
@@ -77,6 +77,7 @@ async def _init(name: str, config: Config) -> None:
         ident = new_id("node", rng)
         ca = certs.create_ca(name)
         pair = certs.issue(ca, "node", ident, config.node, [config.address])
+        forget_other_cluster(config, ident)
         certs.save(config.tls_dir, ca.cert_pem, pair.cert_pem, pair.key_pem)
         master = certs.issue(ca, "master", ident, config.node, [config.address])
         certs.save(config.master_tls_dir, ca.cert_pem, master.cert_pem, master.key_pem)

@@ -101,6 +101,12 @@ class StaleGeneration(AtollError):
     code, status, exit_code, default_hint = "stale_generation", 409, 4, "atoll instance info INSTANCE"
 
 
+class StaleTurn(AtollError):
+    """A later job has worked on the instance here since; this order is a late copy of an earlier job's."""
+
+    code, status, exit_code, default_hint = "stale_turn", 409, 4, "atoll job list"
+
+
 class StepUndone(AtollError):
     """This step was undone already; a late copy of its order is refused."""
 

@@ -26,12 +26,19 @@ class Wire(BaseModel):
 # --- orders ---
 
 
+def instance_of(args: dict[str, Any]) -> str:
+    """The id of the instance that an order with these arguments is about; empty: none."""
+    spec = args.get("spec")
+    return str(args.get("instance") or (spec.get("instance") if isinstance(spec, dict) else "") or "")
+
+
 class Call(Wire):
     """An order from a master to an agent.
 
     ``job`` and ``step`` name it: the agent carries out each (job, step) once, joins a running one, and refuses a ``do`` after
     its ``undo``. Orders that change nothing have job 0. ``oldest_job`` is the oldest job that has not ended; orders of older
-    jobs are late copies and are refused. ``deadline`` is in seconds from arrival.
+    jobs are late copies and are refused. ``turn`` orders the jobs of one term that have an instance for themselves, one after the other:
+    once the agent has heard a later one, an order of an earlier one is a late copy, too. ``deadline`` is in seconds from arrival.
     """
 
     term: int
@@ -45,7 +52,14 @@ class Call(Wire):
     args: dict[str, Any] = Field(default_factory=dict)
     undo: bool = False
     oldest_job: int = 0
+    #: 0: not told, as by release 0.1.0, or the job has no instance for itself.
+    turn: int = 0
     deadline: float = 60.0
+
+    @property
+    def instance(self) -> str:
+        """The instance that the order is about; empty: none."""
+        return instance_of(self.args)
 
 
 class Progress(Wire):

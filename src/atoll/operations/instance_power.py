@@ -93,14 +93,14 @@ async def answers(job: JobContext, node: str) -> bool:
 async def take_from_dead(job: JobContext, instance: str, node: str) -> None:
     """Proof (c): a human's word for this node and this moment. The claim is freed; the node is told when it comes back."""
     step = "record the proof of death"
+    if not job.journaled(step):
+        await job.state.listen(node)
     if not job.journaled(step) and await answers(job, node):
         raise NodeAnswers(f"node {job.state.store.require(Node, node).name} answers; it is not dead")
 
     def write() -> Changes:
         state: State = job.state
-        # Looked at in the very moment of writing: a node whose report was answered meanwhile may begin what it was told before.
-        if state.health.alive(node):
-            raise NodeAnswers(f"node {state.store.require(Node, node).name} answers; it is not dead")
+        state.check_silent(node)
         proof = state.store.get(DeathProof, node) or DeathProof(id=node, method="human", who="node-is-dead", at=state.clock.now())
         claim = state.claim(instance)
         put: list[Any] = [proof]
@@ -225,9 +225,18 @@ register(Operation("instance.reboot", InstanceReboot, _prepare_reboot, _run_rebo
 def _prepare_loop(words: str) -> Any:
     def prepare(state: State, target: str, request: Nothing) -> Prepared:
         instance = state.store.find(Instance, target)
-        return Prepared({"id": instance.id}, instance_locks(state, instance), f"{words} {instance.name}")
+        node = state.claim(instance.id).holder
+        return Prepared({"id": instance.id, "node": node}, instance_locks(state, instance, node), f"{words} {instance.name}")
 
     return prepare
+
+
+def _prepare_restart(state: State, target: str, request: Nothing) -> Prepared:
+    """It locks the node that it starts on, as every start does: a readmission must not end in the middle (docs/adr/0009)."""
+    instance = state.store.find(Instance, target)
+    node = state.claim(instance.id).holder or plan_start(state, instance, None, False)["node"]
+    frozen_request = {"id": instance.id, "node": node}
+    return Prepared(frozen_request, instance_locks(state, instance, node), f"restart the missing guest of {instance.name}")
 
 
 async def _run_restart(job: JobContext, request: dict[str, Any]) -> Any:
@@ -240,9 +249,11 @@ async def _run_restart(job: JobContext, request: dict[str, Any]) -> Any:
         claim = state.claim(instance.id)
         if instance.desired != "running" or claim.migration is not None:
             return None
+        # A job of release 0.1.0 names no node.
+        node = request.get("node") or claim.holder or plan_start(state, instance, None, False)["node"]
         if claim.holder is not None:
-            return {"node": claim.holder, "release": claim.holder}
-        return {"node": plan_start(state, instance, None, False)["node"], "release": None}
+            return {"node": node, "release": node} if claim.holder == node else None
+        return {"node": plan_start(state, instance, state.store.require(Node, node).name, False)["node"], "release": None}
 
     plan = await job.read("still missing", decide)
     if plan is None:
@@ -253,7 +264,7 @@ async def _run_restart(job: JobContext, request: dict[str, Any]) -> Any:
     return {"instance": request["id"], "node": plan["node"]}
 
 
-register(Operation("instance.restart-missing", Nothing, _prepare_loop("restart the missing guest of"), _run_restart, public=False))
+register(Operation("instance.restart-missing", Nothing, _prepare_restart, _run_restart, public=False))
 
 
 async def _run_powered_off(job: JobContext, request: dict[str, Any]) -> Any:

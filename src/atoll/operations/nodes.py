@@ -108,12 +108,13 @@ def _prepare_dead(state: State, target: str, request: NodeDeclareDead) -> Prepar
 
 async def _run_dead(job: JobContext, request: dict[str, Any]) -> Any:
     step = "record"
+    if not job.journaled(step):
+        await job.state.listen(request["id"])
     if not job.journaled(step) and await answers(job, request["id"]):
         raise NodeAnswers("the node answers; it is not dead")
 
     def record() -> Changes:
-        if job.state.health.alive(request["id"]):
-            raise NodeAnswers("the node answers; it is not dead")
+        job.state.check_silent(request["id"])
         lost = request.get("disks_are_lost", False) or job.state.disks_are_lost(request["id"])
         proof = DeathProof(id=request["id"], method="human", who="declare-dead", at=job.state.clock.now(), disks_are_lost=lost)
         return Changes(put=[proof])

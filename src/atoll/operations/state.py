@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Iterable
 from typing import Protocol
 
-from atoll.model.errors import AmbiguousPool, Held, HostError, NotFound, WrongState
+from atoll.model.errors import AmbiguousPool, Held, HostError, NodeAnswers, NotFound, WrongState
 from atoll.model.messages import NodeReport, PoolRef, compatible
 from atoll.model.objects import Authority, Claim, Cluster, DeathProof, Disk, Group, Hold, Instance, Node, Pool, Volume
 from atoll.operations.replication import Replication
@@ -22,6 +23,9 @@ class Health(Protocol):
 
     def alive(self, node: str) -> bool:
         """Whether the node with this id has reported lately."""
+
+    def doubt(self, node: str) -> float:
+        """Seconds until the master has been without the node for so long that a person's word on it counts; 0 = now."""
 
     def report(self, node: str) -> NodeReport | None:
         """Its newest report, however old."""
@@ -88,6 +92,25 @@ class State:
     def answers(self, node: str) -> bool:
         """Whether orders reach the node with this id: it has reported lately, and no proof of its death still stands."""
         return self.health.alive(node) and not self.proved_dead(node)
+
+    async def listen(self, node: str) -> None:
+        """Wait until a person's word that the node is dead may count: a new master has not heard it, and has not listened for long."""
+        if not self.health.alive(node):
+            await asyncio.sleep(self.health.doubt(node))
+
+    def check_silent(self, node: str) -> None:
+        """Refuse a person's word that the node is dead while it answers, or may have answered just now. Errors: NodeAnswers.
+
+        Asked in the very moment in which the proof is written: a node that was answered meanwhile may begin what it was told before.
+        """
+        found = self.store.require(Node, node)
+        if self.health.alive(node):
+            raise NodeAnswers(f"node {found.name} answers; it is not dead")
+        if doubt := self.health.doubt(node):
+            raise NodeAnswers(
+                f"node {found.name} may have answered a moment ago: this master listens for {doubt:.0f} s more before it takes your word",
+                hint="type it again then",
+            )
 
     def speaks(self, node: str) -> bool:
         """Whether the node's agent is at most one version away from this master; true for one that has not reported yet."""

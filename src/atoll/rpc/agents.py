@@ -99,6 +99,7 @@ class Agents:
         deadline: float,
         report: Report = quiet,
         even_dead: bool = False,
+        turn: int = 0,
     ) -> Any:
         """An order of a job, repeated until its outcome is known or the deadline (seconds) has passed.
 
@@ -114,7 +115,7 @@ class Agents:
             if not even_dead and self._store.get(DeathProof, node_id) is not None:
                 raise NodeUnavailable(f"node {self.node(node_id).name} is proved dead")
             left = end - loop.time()
-            call = self._call(method, job=job, step=step, args=args, undo=undo, deadline=max(0.05, min(left, ATTEMPT)))
+            call = self._call(method, job=job, step=step, args=args, undo=undo, turn=turn, deadline=max(0.05, min(left, ATTEMPT)))
             try:
                 await self._ask_rivals()
                 await self.greet(node_id)
@@ -179,4 +180,4 @@ class Agents:
 
 def refused(error: AtollError) -> bool:
     """Whether the agent refused the order without any effect."""
-    return error.code in ("stale_term", "stale_generation", "step_undone")
+    return error.code in ("stale_term", "stale_generation", "stale_turn", "step_undone")
