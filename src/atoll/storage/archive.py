@@ -216,7 +216,7 @@ def _opened(path: str) -> io.BufferedReader:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except FileNotFoundError:
-        raise NotFound(f"there is no file {path} on this node", hint=f"NODE:{path}, if it is on another node") from None
+        raise NotFound(f"there is no file {path} on this node", hint=f"say which node has it: NODE:{path}") from None
     except OSError as error:
         raise HostError(f"the export {path} cannot be opened: {error.strerror}") from None
     if not modes.S_ISREG(os.fstat(fd).st_mode):
