@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from simsupport import check, finish, missing, running, settle
+from simsupport import EXPORT, check, exported, finish, missing, running, settle
 
+from atoll.agent.contact import Contact
 from atoll.agent.memory import Memory, open_database
+from atoll.agent.service import Service
 from atoll.lab.box import Box, simulate
 from atoll.model.errors import AtollError, HostError, StaleTurn, Unreachable, WrongState
 from atoll.model.messages import Call
@@ -216,6 +218,64 @@ def test_nobody_else_works_on_an_instance_that_is_being_added() -> None:
         await box.close()
 
     simulate(run)
+
+
+def test_nobody_else_works_on_an_instance_that_is_being_imported() -> None:
+    async def run() -> None:
+        box = await Box.make()
+        await box.add_pool()
+        await exported(box)
+        lost = Lost(box, "", "export.read")
+        importing = (await box.submit("instance.import", name="new", **EXPORT, template="shared")).job
+        await lost.sent.wait()
+        removing = (await box.submit("instance.remove", "new")).job
+        assert importing is not None
+        assert removing is not None
+        await asyncio.sleep(5)
+        assert box.master.engine.job(removing).state is JobState.QUEUED
+        lost.through = True
+        assert (await finish(box, importing)).state is JobState.DONE
+        assert (await finish(box, removing)).state is JobState.DONE
+        await settle(box)
+        check(box)
+        await box.close()
+
+    simulate(run)
+
+
+@pytest.mark.parametrize("again", [False, True])
+async def test_a_start_that_took_its_time_does_not_begin_for_a_master_of_the_past(again: bool) -> None:
+    """Attaching its disks took so long that another master leads now, which has not asked for it (``again``: it has)."""
+    memory = Memory(open_database(":memory:"))
+    contact = Contact(memory, lambda: 0.0)
+    contact.heard(0.0, 1, False)
+    attached, begun, done = asyncio.Event(), asyncio.Event(), []
+
+    async def start(args: dict[str, Any], report: Any) -> None:
+        begun.set()
+        await attached.wait()
+        contact.check("guest.start")
+        done.append(args)
+
+    service = Service("node1", memory, {"guest.start": start}, contact)
+    order = Call(term=1, job=7, step="start", method="guest.start")
+    asked = [asyncio.ensure_future(service.handle(order, quiet))]
+    await begun.wait()
+    await service.handle(Call(term=2, method="hello"), quiet)
+    contact.heard(0.0, 2, False)
+    if again:
+        asked.append(asyncio.ensure_future(service.handle(order.model_copy(update={"term": 2}), quiet)))
+        await asyncio.sleep(0)
+    attached.set()
+    if again:
+        assert await asyncio.gather(*asked) == [None, None]
+        assert len(done) == 1
+        return
+    with pytest.raises(Unreachable, match="term 2 leads now"):
+        await asked[0]
+    assert done == []
+    # Nothing of it is remembered: the new master may ask for it.
+    assert memory.step(7, "start") is None
 
 
 def test_another_nodes_memory_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Protocol
 
 from atoll.agent.memory import Memory
 from atoll.model.errors import Unreachable
@@ -17,6 +19,16 @@ from atoll.model.errors import Unreachable
 TRUST = 5.0
 #: What may be done all the same: it ends things here, or promises to begin none.
 HARMLESS = frozenset({"guest.stop", "claim.release", "os.unrun", "disks.deactivate"})
+
+
+class Asked(Protocol):
+    """A step that is being carried out. ``term``: of the newest master that has asked for it."""
+
+    term: int
+
+
+#: The step that the present task carries out.
+step: ContextVar[Asked | None] = ContextVar("step", default=None)
 
 
 def since_boot() -> float:
@@ -45,6 +57,10 @@ class Contact:
 
     def check(self, what: str) -> None:
         """Refuse to begin something. Errors: Unreachable (the master repeats the order)."""
+        asked = step.get()
+        if asked is not None and asked.term < self._memory.term:
+            # It has taken its time, and a newer master may have decided otherwise meanwhile. If it has not, it asks again.
+            raise Unreachable(f"{what}: a master of term {self._memory.term} leads now; this was asked for in term {asked.term}")
         if self._answered is None:
             raise Unreachable(f"{what}: this agent has just begun and has not been heard by the master yet")
         if self._dead:

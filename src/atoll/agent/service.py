@@ -9,6 +9,7 @@ from typing import Any
 import structlog
 
 from atoll import __version__
+from atoll.agent import contact as contacts
 from atoll.agent.contact import HARMLESS, Contact
 from atoll.agent.memory import Memory
 from atoll.model.errors import AtollError, DeadlineExceeded, NotFound, StepUndone, Unreachable, VersionMismatch
@@ -27,7 +28,9 @@ TIMELESS = frozenset({"recall"})
 class _Running:
     """A step that is being carried out: its task, and those who want to hear of its progress."""
 
-    def __init__(self) -> None:
+    def __init__(self, term: int) -> None:
+        #: Of the newest master that has asked for it.
+        self.term = term
         self.task: asyncio.Task[Any] | None = None
         self.listeners: list[Report] = []
 
@@ -93,9 +96,10 @@ class Service:
             raise StepUndone(f"step {call.step!r} of job {call.job} was undone; this order is a late copy")
         running = self._running.get(name)
         if running is None:
-            running = self._running[name] = _Running()
+            running = self._running[name] = _Running(call.term)
             running.task = asyncio.ensure_future(self._carry_out(call, handler, running))
         assert running.task is not None
+        running.term = max(running.term, call.term)
         running.listeners.append(report)
         try:
             return await self._bounded(running.task, call, keep=True)
@@ -104,6 +108,7 @@ class Service:
 
     async def _carry_out(self, call: Call, handler: Handler, running: _Running) -> Any:
         name = (call.job, call.step)
+        contacts.step.set(running)
         begun = False
         try:
             # Nothing is done that is not remembered. If that fails, a repeat must not join this attempt for ever.
@@ -137,7 +142,7 @@ class Service:
         undo_name = (call.job, f"undo {call.step}")
         active = self._running.get(undo_name)
         if active is None:
-            active = self._running[undo_name] = _Running()
+            active = self._running[undo_name] = _Running(call.term)
             active.task = asyncio.ensure_future(self._carry_out_undo(call, handler, active, undo_name))
         assert active.task is not None
         active.listeners.append(report)

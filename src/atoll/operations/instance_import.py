@@ -8,6 +8,7 @@ from typing import Any
 from atoll.jobs.context import JobContext
 from atoll.jobs.steps import Undo
 from atoll.model.errors import InvalidInput
+from atoll.model.ids import new_id
 from atoll.model.objects import Instance, Node, Pool, Volume
 from atoll.operations.common import check_new_name, check_pool_open, check_size_for, check_usable, frozen, locks, name_lock
 from atoll.operations.importing import DAY, LONG
@@ -29,11 +30,13 @@ def _prepare(state: State, target: str, request: InstanceImport) -> Prepared:
         check_pool_open(state, pools[0], node.group)
     # How many disks there are says only the file.
     names = [f"{request.name}-disk{index}" for index in range(_DISKS)]
+    # As in instance.add: nobody changes or removes an instance that is still being made.
+    ident = target or new_id("i", state.rng)
     return Prepared(
-        frozen(request, node=node.id),
+        frozen(request, id=ident, node=node.id),
         locks(
             [*(pool.resource for pool in pools), f"group:{node.group}", node.resource],
-            [name_lock(Instance, request.name), *(name_lock(Volume, name) for name in names)],
+            [f"instance:{ident}", name_lock(Instance, request.name), *(name_lock(Volume, name) for name in names)],
         ),
         f"import instance {request.name} from {node.name}:{request.path}",
         deadline=DAY,
@@ -72,7 +75,7 @@ def _as_request(state: State, request: dict[str, Any], found: dict[str, Any]) ->
         )
     except ValueError as error:
         raise InvalidInput(f"the export describes an instance that cannot be made here: {error}") from None
-    return {**made.model_dump(mode="json"), "node": node.id, "os_scripts": bool(what["os_scripts"])}
+    return {**made.model_dump(mode="json"), "id": request.get("id"), "node": node.id, "os_scripts": bool(what["os_scripts"])}
 
 
 def _plan(state: State, request: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
