@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-import shutil
 import sys
 import time
-import uuid
 from typing import Any
 
 import click
@@ -84,6 +82,8 @@ def run_many(
 
 def ask(client: Client, noun: str, verb: str, target: str, body: dict[str, Any] | None, dry_run: bool = False) -> dict[str, Any]:
     """Submit an operation: the API's answer. Parameters that are None are left out."""
+    import uuid
+
     sent = {name: value for name, value in (body or {}).items() if value is not None}
     query = {"dry_run": "true"} if dry_run else None
     method, path = _address(noun, verb, target)
@@ -221,6 +221,8 @@ class _Line(_Lines):
         self._shown = False
 
     def progress(self, job: dict[str, Any]) -> None:
+        import shutil
+
         width = shutil.get_terminal_size().columns - 1
         sys.stderr.write(f"\r\x1b[K{_words(job)[:width]}")
         sys.stderr.flush()
