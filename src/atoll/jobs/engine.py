@@ -73,8 +73,8 @@ class Engine:
 
     async def _drop_old_holds(self) -> None:
         """A hold whose job has ended can be released by nobody else."""
-        jobs = {job.number: job for job in self.store.all(Job)}
-        old = [hold for hold in self.store.all(Hold) if hold.job not in jobs or jobs[hold.job].state.ended]
+        jobs = {job.number for job in self.store.active(Job)}
+        old = [hold for hold in self.store.all(Hold) if hold.job not in jobs]
         if old:
             log.error("holds have outlived their jobs; they are dropped", holds=[hold.id for hold in old])
             await self.store.write(delete=old)

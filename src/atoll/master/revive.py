@@ -181,7 +181,7 @@ class Reviver:
             error = BrokenOff(f"the master was lost while this job was {job.state}").to_wire()
             update = {"state": JobState.UNDONE, "ended": now, "reason": "broken off: the master was lost", "error": error, "commands": ()}
             self._out.put.append(job.model_copy(update=update))
-            self._out.delete += [*store.prefix(Step, f"{job.id}/"), *(k for k in store.all(IdempotencyKey) if k.job == job.number)]
+            self._out.delete += [*store.prefix(Step, f"{job.id}/"), *filter(None, [store.get(IdempotencyKey, job.key)])]
             self._say(f"job {job.number} was broken off: {job.summary or job.operation}")
         self._out.delete += store.all(Hold)
         self._number += 1
