@@ -165,6 +165,6 @@ def _pools(made: Cluster) -> None:
 
 
 #: Node-local images, on the node's own disk.
-LOCAL = "/var/lib/atoll/images"
+LOCAL = "/var/lib/atoll/volumes"
 
 __all__ = ["CLI", "GIB", "Api", "Cluster", "Refused", "cluster", "cpu_of", "until"]
