@@ -111,5 +111,9 @@ class Api:
                 raise Refused(f"job {job}: {found['state']} {found['error']} {found['reason']}")
 
     def do(self, method: str, path: str, **body: Any) -> dict[str, Any]:
-        """Submit and wait."""
-        return self.ended(self.submit(method, path, body))
+        """Submit and wait, as the command line does: with one request where the job ends soon."""
+        status, data = self.request(method, f"{path}?wait=20", body, str(uuid.uuid4()))
+        if status != 202:
+            raise Refused(f"{method} {path}: {data}")
+        found: dict[str, Any] | None = data["ended"]
+        return found if found and found["state"] == "done" else self.ended(int(data["job"]))

@@ -98,7 +98,7 @@ class Cluster:
         until(lambda: all(row["alive"] for row in self.api.get("/v1/nodes")["items"]), seconds)
 
     def rss(self, pid: int) -> float:
-        """Resident memory of a process, in MB."""
+        """Resident memory of a process (VmRSS: with the libraries that it shares with others), in MB."""
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("VmRSS:"):
                 return int(line.split()[1]) * 1024 / 1e6
@@ -165,6 +165,6 @@ def _pools(made: Cluster) -> None:
 
 
 #: Node-local images, on the node's own disk.
-LOCAL = "/var/lib/atoll/images"
+LOCAL = "/var/lib/atoll/volumes"
 
 __all__ = ["CLI", "GIB", "Api", "Cluster", "Refused", "cluster", "cpu_of", "until"]

@@ -155,6 +155,7 @@ def operations() -> str:
         "the live description is at `/v1/openapi.json` of every master. Objects are named by name or id; sizes are bytes, times seconds.",
         "",
         "Send `Idempotency-Key: ANYTHING` with a request to be able to repeat it: the same key gives the same job again.",
+        "`?wait=SECONDS` (60 at most) answers when the job has ended, with the job in `ended`; null when it takes longer.",
         "`?dry_run=true` checks and changes nothing. Roles: a *reader* sees everything,",
         "an *operator* works with instances and volumes, an *admin* may do all.",
         "",

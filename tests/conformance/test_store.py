@@ -105,6 +105,13 @@ async def test_list_takes_the_prefix_literally_and_sorts_by_key(store: Store) ->
         assert revision == 1
 
 
+async def test_kinds_are_what_stands_before_the_first_slash(store: Store) -> None:
+    assert list(await store.kinds()) == []
+    keys = ("b/1", "b/2", "b/2/3", "a/1", "meta/term", "b.c/1", "b0/1", "meta", "meta!x/1")
+    await store.transact(Transaction(put=dict.fromkeys(keys, b"x")))
+    assert list(await store.kinds()) == sorted({"a", "b", "b.c", "b0", "meta", "meta!x"})
+
+
 async def test_list_is_one_snapshot(store: Store) -> None:
     """A transaction moves one token between two keys: no list may see none or two of them."""
     await store.transact(put(t_0="x"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import socket
@@ -269,3 +270,15 @@ async def test_garbage_instead_of_http_harms_nobody(api: Api) -> None:
 
 def test_the_problem_statuses_are_http() -> None:
     assert all(error.status in http.client.responses for error in all_errors())
+
+
+async def test_a_request_may_wait_for_the_end_of_its_job(api: Api) -> None:
+    status, made, _ = await api("POST", "/v1/instances/web1/stop?wait=60", {})
+    assert (status, made["ended"]["state"]) == (202, "done")
+    assert made["ended"] == (await api("GET", f"/v1/jobs/{made['job']}"))[1]
+    api.leader.script = Script(gate=asyncio.Event())
+    status, made, _ = await api("POST", "/v1/instances/web1/start?wait=0.05", {})
+    assert (status, made["ended"]) == (202, None)
+    api.leader.script.gate.set()
+    assert "ended" not in (await api("POST", "/v1/instances/web1/stop", {}))[1]
+    assert (await api("POST", "/v1/instances/web1/stop?wait=61", {}))[0] == 422

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atoll.model.errors import InvalidInput, NotFound, NotLeader, StoreError, Unreachable
-from atoll.model.objects import Job, Node, Step, Stored, Volume
+from atoll.model.objects import Job, JobState, Node, Step, Stored, Volume
 from atoll.runtime.clock import VirtualLoop
 from atoll.store.cache import PATIENCE, LeaderStore
 from atoll.store.contract import CompareFailed, Transaction
-from atoll.store.kinds import Shelf
+from atoll.store.kinds import WHOLE, Shelf
 from atoll.store.memory import MemoryStore
 from atoll.store.sqlite import SqliteStore
 
@@ -52,7 +53,8 @@ class LossyStore(MemoryStore):
 async def test_each_opening_is_a_new_term_with_the_same_objects() -> None:
     store = MemoryStore()
     first = await LeaderStore.open(store)
-    await first.write(put=[volume(1), volume(2), Step(id="0000000001/0000", key="k", what="read", result={"a": [1, None]})])
+    step = Step(id="0000000001/0000", key="k", what="read", result={"a": [1, None]})
+    await first.write(put=[volume(1), volume(2), job(1, JobState.RUNNING), step])
     second = await LeaderStore.open(store)
     assert (first.term, second.term) == (1, 2)
     for cls in (Volume, Step):
@@ -92,6 +94,61 @@ async def test_prefix_gives_the_steps_of_one_job_in_order() -> None:
     await leader.write(put=reversed(steps))
     assert leader.prefix(Step, "0000000002/") == steps[12:24]
     assert leader.prefix(Step, "0000000003/") == []
+
+
+def job(number: int, state: JobState = JobState.DONE) -> Job:
+    return Job(id=f"{number:010d}", operation="volume.create", request={"name": f"v{number}"}, state=state, summary="make it")
+
+
+def journal(number: int, steps: int = 3) -> list[Step]:
+    return [Step(id=f"{number:010d}/{index:04d}", key=str(index), what="read", result={"n": index}) for index in range(steps)]
+
+
+async def test_jobs_that_have_ended_read_the_same_packed_and_after_opening_again() -> None:
+    store = MemoryStore()
+    leader = await LeaderStore.open(store)
+    jobs = [job(number, JobState.RUNNING if number % 10 == 0 else JobState.DONE) for number in range(1, 3 * WHOLE)]
+    for item in jobs:
+        await leader.write(put=[item])
+    packed = sum(isinstance(item, bytes) for item in leader._shelf(Job)._objects.values())
+    assert packed == sum(item.over for item in jobs) - WHOLE
+    for found in (leader, await LeaderStore.open(store)):
+        assert found.all(Job) == jobs
+        assert [found.get(Job, item.id) for item in jobs] == jobs
+        assert found.active(Job) == [item for item in jobs if not item.over]
+        assert found.ids(Job) == [item.id for item in jobs]
+        assert found.prefix(Job, "0000000") == jobs
+        assert found.states(Job) == Counter(item.state.value for item in jobs)
+        assert found.revision_of(jobs[0]) == leader.revision_of(jobs[0])
+
+
+async def test_a_journal_leaves_memory_when_its_job_has_ended_and_can_be_read_all_the_same() -> None:
+    store = MemoryStore()
+    leader = await LeaderStore.open(store)
+    await leader.write(put=[job(1, JobState.RUNNING), *journal(1), job(2, JobState.NEEDS_ATTENTION), *journal(2)])
+    assert leader.prefix(Step, "0000000001/") == await leader.journal(leader.require(Job, "0000000001")) == journal(1)
+    last = journal(1, 4)[-1]
+    await leader.write(put=[job(1), last])
+    assert leader.prefix(Step, "0000000001/") == journal(1, 4), "who waits for it asks at once"
+    for number in range(3, 3 + WHOLE):
+        await leader.write(put=[job(number)])
+    for found in (leader, await LeaderStore.open(store)):
+        assert found.all(Step) == journal(2)
+        assert await found.journal(found.require(Job, "0000000001")) == journal(1, 4)
+        assert await found.journal(found.require(Job, "0000000002")) == journal(2)
+
+
+async def test_a_job_is_forgotten_with_the_journal_that_is_not_in_memory() -> None:
+    store = MemoryStore()
+    leader = await LeaderStore.open(store)
+    await leader.write(put=[job(1, JobState.RUNNING), *journal(1), job(2, JobState.RUNNING), *journal(2)])
+    await leader.write(put=[job(1)])
+    await leader.write(put=[job(2)])
+    leader = await LeaderStore.open(store)
+    await leader.forget(job(1))
+    assert [entry.key for entry in (await store.list("steps/"))[0]] == [f"steps/{step.id}" for step in journal(2)]
+    assert leader.all(Step) == []
+    assert leader.all(Job) == [job(2)]
 
 
 async def test_a_deposed_leader_cannot_write_and_knows_it() -> None:

@@ -21,6 +21,8 @@ log = structlog.get_logger()
 Handler = Callable[[dict[str, Any], Report], Awaitable[Any]]
 
 
+#: Steps after which a report says nothing new.
+QUIET = ("volume.",)
 #: Questions that a master may put before it has a term: they change nothing.
 TIMELESS = frozenset({"recall"})
 
@@ -118,7 +120,8 @@ class Service:
             result = await handler(call.args, running.report)
             await faults.point(f"agent:{call.method}:after")
             self.memory.set_step(*name, "done", result)
-            self._news()
+            if not call.method.startswith(QUIET):
+                self._news()
             return result
         except AtollError:
             if begun and not self._stopped:

@@ -117,9 +117,9 @@ class Figures(Collector):
 
     def _jobs(self) -> Iterator[Any]:
         store, now = self._state.store, self._state.clock.now()
-        jobs = store.all(Job)
+        jobs = store.active(Job)
         states = [state.value for state in JobState]
-        yield _counted("atoll_jobs", "Jobs that are kept, by state.", "state", states, Counter(job.state.value for job in jobs))
+        yield _counted("atoll_jobs", "Jobs that are kept, by state.", "state", states, Counter(store.states(Job)))
         oldest = min((job.created for job in jobs if job.state.active), default=now)
         yield _one("atoll_job_oldest_active_seconds", "Age of the oldest job that has not ended.", max(0.0, now - oldest))
         yield _one("atoll_holds", "Things that jobs which need attention hold.", len(store.all(Hold)))

@@ -1,28 +1,29 @@
-"""HTTP to the master, with the standard library alone: over its Unix socket, or TLS."""
+"""HTTP to the master, with the standard library alone: over its Unix socket, or TLS.
+
+What only a request needs (``http.client`` and what that imports) is imported by the first one: it takes as long as all of click.
+"""
 
 from __future__ import annotations
 
-import http.client
-import json
-import socket
 import time
 from collections.abc import Iterator
-from typing import Any
-from urllib.parse import quote, urlencode, urlsplit
+from typing import TYPE_CHECKING, Any
 
 from atoll.cli import settings
 from atoll.model.errors import (
     AtollError,
     DeadlineExceeded,
-    InvalidInput,
     NotLeader,
     Unauthenticated,
     Unreachable,
     from_wire,
 )
 
-#: Seconds for a connection, for an answer, and how long a lost connection is tried again.
-CONNECT, ANSWER, PATIENCE = 5.0, 90.0, 30.0
+if TYPE_CHECKING:
+    import http.client
+
+#: Seconds for an answer, and how long a lost connection is tried again.
+ANSWER, PATIENCE = 90.0, 30.0
 
 
 class ConnectionLost(Exception):
@@ -31,17 +32,6 @@ class ConnectionLost(Exception):
     def __init__(self, why: str, *, sent: bool, late: bool = False) -> None:
         super().__init__(why)
         self.sent, self.late = sent, late
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=CONNECT)
-        self.path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(CONNECT)
-        self.sock.connect(self.path)
 
 
 class Client:
@@ -82,6 +72,9 @@ class Client:
     def _request(
         self, method: str, path: str, query: dict[str, Any] | None, body: Any, headers: dict[str, str], patience: float, timeout: float
     ) -> Any:
+        import json
+        from urllib.parse import urlencode
+
         wanted = {name: value for name, value in (query or {}).items() if value is not None}
         target = f"{path}?{urlencode(wanted)}" if wanted else path
         raw = None if body is None else json.dumps(body).encode()
@@ -145,6 +138,10 @@ class Client:
 
         ``after``: the last id that was seen. ``timeout``: seconds without a byte. Errors: ConnectionLost; what the problem says.
         """
+        import json
+        from http.client import HTTPException
+        from urllib.parse import urlencode
+
         wanted = {name: value for name, value in query.items() if value is not None}
         headers = {"Accept": "text/event-stream, application/problem+json"}
         if after is not None:
@@ -164,16 +161,15 @@ class Client:
             yield from _events(response)
         except TimeoutError:
             raise ConnectionLost("it fell silent", sent=True, late=True) from None
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, HTTPException, ValueError) as error:
             raise ConnectionLost(str(error) or type(error).__name__, sent=True) from None
         finally:
             self.close()
 
     def _open(self) -> http.client.HTTPConnection:
-        if not self._urls:
-            connection: http.client.HTTPConnection = _UnixConnection(self._socket)
-        else:
-            connection = self._tls(self._urls[0])
+        from atoll.cli import transport
+
+        connection = transport.tls(self._urls[0]) if self._urls else transport.UnixConnection(self._socket)
         try:
             connection.connect()
         except PermissionError:
@@ -189,20 +185,10 @@ class Client:
             raise ConnectionLost(error.strerror or str(error), sent=False) from None
         return connection
 
-    def _tls(self, url: str) -> http.client.HTTPConnection:
-        import ssl
-
-        parts = urlsplit(url)
-        if parts.scheme != "https" or not parts.hostname:
-            raise InvalidInput(f"ATOLL_MASTER is {url!r}, which is not of the form https://HOST:PORT")
-        authority = settings.ca_file()
-        try:
-            context = ssl.create_default_context(cafile=authority)
-        except OSError as error:
-            raise InvalidInput(f"the CA file {authority} cannot be read: {error.strerror or error}", hint="set ATOLL_CA") from None
-        return http.client.HTTPSConnection(parts.hostname, parts.port or 7770, timeout=CONNECT, context=context)
-
     def _once(self, method: str, target: str, raw: bytes | None, headers: dict[str, str], timeout: float) -> Any:
+        import json
+        from http.client import HTTPException
+
         connection = self._connection = self._connection or self._open()
         sent = False
         try:
@@ -220,7 +206,7 @@ class Client:
             content = response.read()
         except TimeoutError:
             raise ConnectionLost("no answer in time", sent=sent, late=True) from None
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, HTTPException) as error:
             raise ConnectionLost(str(error) or type(error).__name__, sent=sent) from None
         if response.will_close:
             self.close()
@@ -234,6 +220,8 @@ class Client:
 
 
 def _events(response: http.client.HTTPResponse) -> Iterator[tuple[str, int | None, dict[str, Any]]]:
+    import json
+
     name, ident, data = "", None, ""
     for raw in response:
         line = raw.decode().rstrip("\n")
@@ -258,4 +246,6 @@ def _error(problem: Any, status: int) -> AtollError:
 
 def path_of(noun: str, target: str, *more: str) -> str:
     """The address of an object."""
+    from urllib.parse import quote
+
     return "/".join(["/v1", f"{noun}s", quote(target, safe=""), *more])

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -82,27 +83,23 @@ def jobs(client: Client, form: str) -> None:
         if row["state"] not in ("done", "undone"):
             _tell({"noun": "job", **{name: row[name] for name in ("id", "state", "summary", "reason")}}, form)
     last: dict[int, tuple[Any, ...]] = {}
-    for name, _, data in _until_stopped(client, {"nouns": "job"}, None):
-        number = data.get("id") or data.get("job") or 0
-        news = (name, data.get("state"), data.get("text"), int((data.get("percent") or 0) // 10))
-        # A job's record changes more often than what a person wants to know of it.
-        if last.get(number) != news:
-            last[number] = news
-            _tell(data, form)
+    with suppress(KeyboardInterrupt):
+        for name, _, data in follow(client, {"nouns": "job"}):
+            number = data.get("id") or data.get("job") or 0
+            news = (name, data.get("state"), data.get("text"), int((data.get("percent") or 0) // 10))
+            # A job's record changes more often than what a person wants to know of it.
+            if last.get(number) != news:
+                last[number] = news
+                _tell(data, form)
 
 
 def events(client: Client, nouns: tuple[str, ...], after: int | None, form: str) -> None:
     """Everything that changes, a line each, until Ctrl-C."""
-    for name, ident, data in _until_stopped(client, {"nouns": ",".join(nouns) or None}, after):
-        if name != "progress" or not nouns or "job" in nouns:
-            _tell(data | ({"event_id": ident} if form != "table" and ident is not None else {}), form)
-
-
-def _until_stopped(client: Client, query: dict[str, Any], after: int | None) -> Iterator[Event]:
-    try:
-        yield from follow(client, query, after)
-    except KeyboardInterrupt:
-        return
+    # Ctrl-C is the way to end it, whatever it does at that moment: waiting or writing.
+    with suppress(KeyboardInterrupt):
+        for name, ident, data in follow(client, {"nouns": ",".join(nouns) or None}, after):
+            if name != "progress" or not nouns or "job" in nouns:
+                _tell(data | ({"event_id": ident} if form != "table" and ident is not None else {}), form)
 
 
 def _tell(data: dict[str, Any], form: str) -> None:

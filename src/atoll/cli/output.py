@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -40,8 +38,7 @@ _STYLES = {
 }
 
 
-@dataclass(frozen=True)
-class Column:
+class Column(NamedTuple):
     """A column of a table. ``kind`` says how a value is written: text, size, number, age, time, percent,
     or prose (long text, cut in the default table)."""
 
@@ -52,8 +49,7 @@ class Column:
     if_any: bool = False
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """The columns of a noun, and those shown by default. Fields of the API that have no column are columns too."""
 
     columns: dict[str, Column]
@@ -95,8 +91,7 @@ def kind_of(field: str) -> str:
     return "age" if field in _AGES else "text"
 
 
-@dataclass(frozen=True)
-class Style:
+class Style(NamedTuple):
     """How to print: what the output options said."""
 
     format: str = "table"
@@ -232,6 +227,8 @@ def print_data(data: Any, form: str) -> None:
 
         click.echo(yaml.safe_dump(data, sort_keys=False, allow_unicode=True).rstrip())
     else:
+        import json
+
         click.echo(json.dumps(data, indent=2, ensure_ascii=False))
 
 

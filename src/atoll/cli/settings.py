@@ -1,17 +1,20 @@
-"""Where the master is and who we are: options, environment, and the node's configuration file."""
+"""Where the master is and who we are: options, environment, and the node's configuration file.
+
+Every command imports this: pathlib, which takes longer than all of the rest, only where it is used."""
 
 from __future__ import annotations
 
 import os
 import stat
 import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from atoll.model.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 DEFAULT_CONFIG = "/etc/atoll/atoll.toml"
 DEFAULT_RUN_DIR = "/run/atoll"
@@ -21,8 +24,7 @@ config_option = click.option(
 )
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """Options of the outermost command."""
 
     socket: str | None = None
@@ -30,19 +32,22 @@ class Settings:
 
 def local_config() -> dict[str, Any]:
     """This node's configuration as written, without defaults; empty where there is none."""
-    path = Path(os.environ.get("ATOLL_CONFIG") or DEFAULT_CONFIG)
-    if not path.is_file():
+    path = os.environ.get("ATOLL_CONFIG") or DEFAULT_CONFIG
+    if not os.path.isfile(path):
         return {}
     import tomllib
 
     try:
-        return tomllib.loads(path.read_text())
+        with open(path, "rb") as file:
+            return tomllib.load(file)
     except (OSError, ValueError) as error:
         raise InvalidInput(f"{path} cannot be read: {error}") from None
 
 
 def run_dir() -> Path:
     """Where sockets of this node's daemons are."""
+    from pathlib import Path
+
     return Path(str(local_config().get("run_dir", DEFAULT_RUN_DIR)))
 
 
@@ -67,6 +72,8 @@ def masters() -> list[str]:
 
 def followed() -> list[str]:
     """The masters that this node's agent reports to, if they are elsewhere; empty where nothing is known."""
+    from pathlib import Path
+
     here = local_config()
     path = Path(str(here.get("state_dir", "/var/lib/atoll"))) / "masters.json"
     try:
@@ -83,6 +90,8 @@ def ca_file() -> str | None:
     named = os.environ.get("ATOLL_CA")
     if named:
         return named
+    from pathlib import Path
+
     here = Path(str(local_config().get("etc_dir", "/etc/atoll"))) / "tls" / "ca.pem"
     return str(here) if here.is_file() else None
 
@@ -95,6 +104,8 @@ def token() -> str | None:
 
 def read_secret(name: str) -> str:
     """A secret from a file, or from stdin (``-``; a prompt on a terminal). Errors: InvalidInput."""
+    from pathlib import Path
+
     if name == "-":
         text = click.prompt("Token", hide_input=True, err=True) if sys.stdin.isatty() else sys.stdin.readline()
     else:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-import shutil
 import sys
 import time
-import uuid
 from typing import Any
 
 import click
@@ -33,14 +31,15 @@ def run(
 ) -> dict[str, Any] | None:
     """Ask for an operation. Gives the ended job; None with ``--submit`` and ``--dry-run``. Errors: the job's."""
     client = Client()
-    answer = ask(client, noun, verb, target, body, dry_run)
+    # A job that ends at once needs no second request.
+    answer = ask(client, noun, verb, target, body, dry_run, wait=None if submit or dry_run else GRACE)
     if dry_run:
         _tell_dry_run(answer, format)
         return None
     if submit:
         print_data(answer, format) if format != "table" else click.echo(str(answer["job"]))
         return None
-    return finish(client, answer["job"], format)
+    return finish(client, answer["job"], format, known=answer.get("ended"))
 
 
 def run_many(
@@ -82,10 +81,14 @@ def run_many(
         raise failed[0]
 
 
-def ask(client: Client, noun: str, verb: str, target: str, body: dict[str, Any] | None, dry_run: bool = False) -> dict[str, Any]:
-    """Submit an operation: the API's answer. Parameters that are None are left out."""
+def ask(
+    client: Client, noun: str, verb: str, target: str, body: dict[str, Any] | None, dry_run: bool = False, wait: float | None = None
+) -> dict[str, Any]:
+    """Submit an operation: the API's answer. Parameters that are None are left out. ``wait``: seconds for the job to end."""
+    import uuid
+
     sent = {name: value for name, value in (body or {}).items() if value is not None}
-    query = {"dry_run": "true"} if dry_run else None
+    query = {"dry_run": "true" if dry_run else None, "wait": wait}
     method, path = _address(noun, verb, target)
     answer: dict[str, Any] = client.send(method, path, sent, key=str(uuid.uuid4()), query=query)
     return answer
@@ -110,9 +113,11 @@ def _tell_dry_run(answer: dict[str, Any], format: str) -> None:
     click.echo(f"Would {answer['summary']}.")
 
 
-def finish(client: Client, number: int, format: str = "table", *, quiet: bool = False) -> dict[str, Any]:
-    """Wait for a job and tell its end. Errors: the job's own; NeedsAttention."""
-    job = watch(client, number)
+def finish(
+    client: Client, number: int, format: str = "table", *, quiet: bool = False, known: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Wait for a job and tell its end. ``known``: the job, where it has ended already. Errors: the job's own; NeedsAttention."""
+    job = known or watch(client, number)
     if format != "table":
         print_data(job, format)
     if job["state"] == "needs-attention":
@@ -221,6 +226,8 @@ class _Line(_Lines):
         self._shown = False
 
     def progress(self, job: dict[str, Any]) -> None:
+        import shutil
+
         width = shutil.get_terminal_size().columns - 1
         sys.stderr.write(f"\r\x1b[K{_words(job)[:width]}")
         sys.stderr.flush()

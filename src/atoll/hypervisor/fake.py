@@ -56,14 +56,15 @@ class FakeHypervisor:
             names = sorted(os.listdir(self.run_dir))
         except FileNotFoundError:
             return []
-        return list(await asyncio.gather(*(self.status(name) for name in names if self._pid(name))))
+        return list(await asyncio.gather(*(self._status(name, pid) for name in names if (pid := self._pid(name)))))
 
     async def status(self, guest: str) -> GuestStatus:
         pid = self._pid(guest)
-        if not pid:
-            return GuestStatus(instance=guest, state="gone")
+        return await self._status(guest, pid) if pid else GuestStatus(instance=guest, state="gone")
+
+    async def _status(self, guest: str, pid: int) -> GuestStatus:
         try:
-            return GuestStatus.model_validate(await self._ask(guest, "status", silence=ANSWER))
+            return GuestStatus.model_validate(await self._tell(guest, "status", silence=ANSWER))
         except (GuestError, DeadlineExceeded) as error:
             # Its sockets go a moment before its process does: only one that stays without answering hangs.
             if isinstance(error, GuestError) and await self._goes(guest, pid, ANSWER):
@@ -263,6 +264,10 @@ class FakeHypervisor:
         DeadlineExceeded when it says nothing for ``silence`` seconds."""
         if not self._pid(guest):
             raise GuestError(f"{guest} does not run on {self.node}")
+        return await self._tell(guest, do, silence=silence, report=report, **order)
+
+    async def _tell(self, guest: str, do: str, *, silence: float, report: Report | None = None, **order: Any) -> Any:
+        """The same, of a guest that has a process."""
         try:
             async with asyncio.timeout(silence) as limit, self._line(guest) as (reader, writer):
                 writer.write(json.dumps({"do": do, **order}).encode() + b"\n")

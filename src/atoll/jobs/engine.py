@@ -49,7 +49,7 @@ class Engine:
         #: When each job got its locks; a job that a new leader takes up has its turn anew, in the new term.
         self._turns: dict[int, int] = {}
         self._last_turn = 0
-        self._open = {job.number for job in store.all(Job) if not job.state.ended}
+        self._open = {job.number for job in store.active(Job)}
         #: The same as a heap, with some that have ended meanwhile: only its least one is asked for, and that with each order.
         self._oldest = sorted(self._open)
         self.submitter = Submitter(self)
@@ -60,7 +60,7 @@ class Engine:
         """Take up every job that has not ended. Jobs that were under way wait for the agents in their journals."""
         self.agents = agents
         await self._drop_old_holds()
-        for job in self.store.all(Job):
+        for job in self.store.active(Job):
             if job.state.active:
                 granted = job.state is not JobState.QUEUED
                 if granted or job.started is not None:
@@ -73,8 +73,8 @@ class Engine:
 
     async def _drop_old_holds(self) -> None:
         """A hold whose job has ended can be released by nobody else."""
-        jobs = {job.number: job for job in self.store.all(Job)}
-        old = [hold for hold in self.store.all(Hold) if hold.job not in jobs or jobs[hold.job].state.ended]
+        jobs = {job.number for job in self.store.active(Job)}
+        old = [hold for hold in self.store.all(Hold) if hold.job not in jobs]
         if old:
             log.error("holds have outlived their jobs; they are dropped", holds=[hold.id for hold in old])
             await self.store.write(delete=old)
@@ -104,7 +104,7 @@ class Engine:
         return job
 
     def steps(self, number: int) -> list[Step]:
-        """A job's journal, in order."""
+        """The journal of a job that has not ended, in order."""
         return self.store.prefix(Step, f"{number:010d}/")
 
     def progress(self, number: int) -> Progress:
@@ -232,7 +232,7 @@ class Engine:
     async def forget(self, job: Job) -> None:
         """Delete an ended job with its journal and key."""
         keys = [key] if (key := self.store.get(IdempotencyKey, job.key)) is not None else []
-        await self.store.write(delete=[job, *self.steps(job.number), *keys])
+        await self.store.forget(job, keys)
         self._progress.pop(job.number, None)
 
     # --- running ---
@@ -265,6 +265,7 @@ class Engine:
                     self._open.discard(number)
                     self._records.pop(number, None)
                     self._turns.pop(number, None)
+                    self._progress.pop(number, None)
                 self._locks.remove(number)
                 self._wake(number)
                 self._grant()

@@ -23,7 +23,7 @@ class Submitter:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._durable = max((job.number for job in engine.store.all(Job)), default=0)
+        self._durable = max((int(ident) for ident in engine.store.ids(Job)[-1:]), default=0)
         self._next = self._durable + 1
         #: Numbers whose jobs are being written now.
         self._writing: set[int] = set()

@@ -25,7 +25,7 @@ from atoll.master.verify import SEVERITIES, Verifier
 from atoll.master.verify_room import room
 from atoll.model.errors import AtollError, NodeAnswers, NotLeader
 from atoll.model.messages import NodeReport, Progress, Space
-from atoll.model.objects import DeathProof, Hold, Job, JobState, Node, Pool, Stored, Volume
+from atoll.model.objects import DeathProof, Hold, Job, Node, Pool, Stored, Volume
 from atoll.operations.all import OPERATIONS
 from atoll.operations.registry import operation as find_operation
 from atoll.operations.state import State
@@ -288,10 +288,15 @@ class MasterLeader:
         while True:
             await asyncio.sleep(CLEAN_PERIOD)
             store = self._state.store
-            ended = [job for job in store.all(Job) if job.state in (JobState.DONE, JobState.UNDONE)]
+            ended = len(store.ids(Job)) - len(store.active(Job))
             try:
-                for job in ended[: max(0, len(ended) - KEEP_JOBS)]:
-                    await self.engine.forget(job)
+                for ident in store.ids(Job):
+                    if ended <= KEEP_JOBS:
+                        break
+                    job = store.get(Job, ident)
+                    if job is not None and job.over:
+                        await self.engine.forget(job)
+                        ended -= 1
             except NotLeader:
                 return
             except AtollError as error:

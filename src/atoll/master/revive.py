@@ -66,7 +66,7 @@ class Reviver:
         nodes = {node.id for node in state.store.all(Node)}
         #: Nodes that can neither be asked nor are dead: anything may run there.
         self.silent = sorted(nodes - set(facts) - dead)
-        known = [job.number for job in state.store.all(Job)] + [fact.job for fact in facts.values()]
+        known = [int(ident) for ident in state.store.ids(Job)[-1:]] + [fact.job for fact in facts.values()]
         self._number = max(known, default=0) + JUMP
 
     def work(self) -> Revived:
@@ -176,14 +176,12 @@ class Reviver:
     def _jobs(self) -> None:
         now = self._state.clock.now()
         store = self._state.store
-        for job in store.all(Job):
-            if job.state.ended:
-                continue
+        for job in store.active(Job):
             # What became of it after the copy is not known: neither to repeat nor to undo it would be right.
             error = BrokenOff(f"the master was lost while this job was {job.state}").to_wire()
             update = {"state": JobState.UNDONE, "ended": now, "reason": "broken off: the master was lost", "error": error, "commands": ()}
             self._out.put.append(job.model_copy(update=update))
-            self._out.delete += [*store.prefix(Step, f"{job.id}/"), *(k for k in store.all(IdempotencyKey) if k.job == job.number)]
+            self._out.delete += [*store.prefix(Step, f"{job.id}/"), *filter(None, [store.get(IdempotencyKey, job.key)])]
             self._say(f"job {job.number} was broken off: {job.summary or job.operation}")
         self._out.delete += store.all(Hold)
         self._number += 1

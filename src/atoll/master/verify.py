@@ -90,7 +90,7 @@ class Verifier:
         found = []
         for hold in self._state.store.all(Hold):
             found.append(Finding("error", "held by a job that needs attention", hold.id, hold.reason, None, hold.commands))
-        for job in self._state.store.all(Job):
+        for job in self._state.store.active(Job):
             if job.state is JobState.NEEDS_ATTENTION and not job.locks.exclusive:
                 found.append(Finding("error", "job needs attention", f"job {job.number}", job.reason, None, job.commands))
         return found
@@ -109,7 +109,7 @@ class Verifier:
         return found
 
     def _working_on(self, ident: str) -> bool:
-        return any(job.state.active and ident in str(self._engine.steps(job.number)) for job in self._state.store.all(Job))
+        return any(job.state.active and ident in str(self._engine.steps(job.number)) for job in self._state.store.active(Job))
 
     async def _guests(self) -> list[Finding]:
         state = self._state

@@ -23,6 +23,11 @@ class Stored(BaseModel):
         """The name of this object's lock."""
         return f"{self.noun}:{self.id}"
 
+    @property
+    def over(self) -> bool:
+        """Whether it is kept only so that it can be looked up: it will not change, and is asked for rarely."""
+        return False
+
 
 class MachinePin(BaseModel):
     """What must be equal on both sides of a live migration; chosen once, kept for the life of the instance."""
@@ -303,6 +308,11 @@ class Job(Stored):
         """The id as a number; later jobs have larger ones."""
         return int(self.id)
 
+    @property
+    def over(self) -> bool:
+        """See ``Stored``."""
+        return self.state.ended
+
 
 class StepState(StrEnum):
     """A step's states: journaled before its effect, after it, and after its undo."""
@@ -335,6 +345,11 @@ class IdempotencyKey(Stored):
     job: int
     #: sha256 of operation, target and request: another request with the same key is refused.
     digest: str
+
+    @property
+    def over(self) -> bool:
+        """See ``Stored``."""
+        return True
 
 
 class Token(Stored):

@@ -48,7 +48,7 @@ class Index:
     @cached_property
     def busy(self) -> dict[str, Job]:
         """The running job that has a resource for itself."""
-        running = [job for job in self.state.store.all(Job) if job.state in (JobState.RUNNING, JobState.UNDOING)]
+        running = [job for job in self.state.store.active(Job) if job.state in (JobState.RUNNING, JobState.UNDOING)]
         return {resource: job for job in running for resource in job.locks.exclusive}
 
     @cached_property

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def cluster(state: State) -> Row:
     """The cluster with counts."""
     record, index = state.cluster, Index(state)
-    jobs = state.store.all(Job)
+    jobs = state.store.active(Job)
     return {
         "name": record.name,
         "id": record.id,
@@ -323,14 +323,20 @@ def rows(
 ) -> tuple[list[Row], str | None]:
     """The rows of a kind, by name (jobs: newest first), and what to give as ``after`` for more (None: that was all)."""
     kind, view = KINDS[noun]
-    items = sorted(state.store.all(kind), key=lambda item: item.id, reverse=True) if noun == "job" else _by_name(state, kind)
-    if after:
-        items = [i for i in items if (i.number < _number(after) if noun == "job" else i.name > after)]
-    chosen = items if limit is None else items[:limit]
     index = Index(state, spaces)
+    if noun == "job":
+        # Most jobs are packed away: only those that are shown are made again.
+        ids = state.store.ids(Job)[::-1]
+        if after:
+            ids = [ident for ident in ids if int(ident) < _number(after)]
+        jobs = [state.store.require(Job, ident) for ident in ids[:limit]]
+        return [view(job, index) for job in jobs], (str(jobs[-1].number) if jobs and len(jobs) < len(ids) else None)
+    items = _by_name(state, kind)
+    if after:
+        items = [item for item in items if item.name > after]
+    chosen = items if limit is None else items[:limit]
     found = [view(item, index) for item in chosen]
-    more = len(chosen) < len(items)
-    return found, (str(chosen[-1].number if noun == "job" else chosen[-1].name) if more and chosen else None)
+    return found, (str(chosen[-1].name) if chosen and len(chosen) < len(items) else None)
 
 
 def _by_name(state: State, kind: type[Any]) -> list[Any]:

@@ -12,14 +12,17 @@ import os
 import socket
 import ssl
 import struct
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
 import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
 from atoll.model.errors import HostError
 from atoll.runtime.httplimits import BoundedListener, Limits
@@ -29,6 +32,41 @@ from atoll.runtime.tls import FreshContext, fresh_server
 GRACE = 3
 #: Seconds between looks at the certificate's files. New connections look by themselves; this closes idle ones that began with old files.
 LOOK = 5.0
+
+
+class _Gathered:
+    """A transport that sends what is written in one turn of the loop with one call: an answer's head and body come one after the other,
+    and each call to the system (with TLS each record, too) costs as much as making them."""
+
+    #: Bytes that are sent at once.
+    most = 1 << 16
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not data:
+            return
+        if not self._parts:
+            self._loop.call_soon(self._flush)
+        self._parts.append(data)
+        self._size += len(data)
+        if self._size >= self.most:
+            self._flush()
+
+    def _flush(self) -> None:
+        parts, self._parts, self._size = self._parts, [], 0
+        if parts:
+            self._transport.write(b"".join(parts))
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
 
 
 class PeerProtocol(H11Protocol):
@@ -41,6 +79,7 @@ class PeerProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.transport = _Gathered(transport, self.loop)  # type: ignore[assignment]
         tls = transport.get_extra_info("ssl_object")
         # A dictionary of its own per connection: uvicorn copies it into the scope of each request.
         self.app_state = {**self.app_state, "peer": tls.getpeercert() if tls else None, "uid": _peer_uid(transport)}
@@ -102,11 +141,31 @@ def _peer_uid(transport: asyncio.Transport) -> int | None:
     return int(uid)
 
 
+class _State(ServerState):
+    """uvicorn's, with a Date header that is made when it is asked for, at most once a second."""
+
+    _date = (-1, b"")
+
+    @property
+    def default_headers(self) -> list[tuple[bytes, bytes]]:
+        """Those of every answer."""
+        now = int(time.time())
+        if now != self._date[0]:
+            self._date = (now, formatdate(now, usegmt=True).encode())
+        return [(b"date", self._date[1])]
+
+    @default_headers.setter
+    def default_headers(self, value: list[tuple[bytes, bytes]]) -> None:
+        """uvicorn begins with none."""
+
+
 class _Server(uvicorn.Server):
     """uvicorn on one socket, without its signal handlers: the daemon has its own. ``context``: TLS; None: none."""
 
     def __init__(self, config: uvicorn.Config, context: FreshContext | None, limits: Limits) -> None:
         super().__init__(config)
+        self.server_state = _State()
+        self._stopped = asyncio.Event()
         self._context, self._limits = context, limits
         self._protocol = type("Protocol", (PeerProtocol,), {"limits": limits})
 
@@ -128,6 +187,15 @@ class _Server(uvicorn.Server):
             for sock in sockets or []
         ]
         self.started = True
+
+    async def main_loop(self) -> None:
+        """uvicorn's looks ten times a second whether it shall end."""
+        await self._stopped.wait()
+
+    def stop(self) -> None:
+        """Take no more connections, and end."""
+        self.should_exit = True
+        self._stopped.set()
 
     async def follow(self) -> None:
         """For ever: let connections that began with an old certificate end once they are idle."""
@@ -257,7 +325,7 @@ async def listening(
         for follow in follows:
             follow.cancel()
         for server in servers:
-            server.should_exit = True
+            server.stop()
         if tasks:
             await asyncio.wait(tasks, timeout=GRACE + 5)
         for sock, _ in listeners:

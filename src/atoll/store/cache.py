@@ -1,9 +1,12 @@
-"""What the leading master works with: every object in memory, every change a transaction that only the leader can commit."""
+"""What the leading master works with: every object in memory, every change a transaction that only the leader can commit.
+
+Only the journals of jobs that have ended stay in the store, which has most of its objects there: nothing is decided by them any more."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -11,10 +14,10 @@ import structlog
 from pydantic import ValidationError
 
 from atoll.model.errors import UNKNOWN_OUTCOME, AtollError, InvalidInput, NotFound, NotLeader, StoreError
-from atoll.model.objects import KINDS, Stored
+from atoll.model.objects import KINDS, Job, Step, Stored
 from atoll.store import schema
 from atoll.store.contract import CompareFailed, Store, Transaction
-from atoll.store.kinds import Shelf
+from atoll.store.kinds import WHOLE, Shelf
 
 log = structlog.get_logger()
 T = TypeVar("T", bound=Stored)
@@ -22,6 +25,7 @@ T = TypeVar("T", bound=Stored)
 PATIENCE = 10.0
 #: Seconds between attempts to clear it up.
 PAUSE = 0.2
+_FIELDS: dict[type[Stored], set[str]] = {cls: set(cls.model_fields) for cls in KINDS}
 
 
 @dataclass
@@ -60,8 +64,9 @@ class LeaderStore:
         self._why = ""
         self._term_key, self._term_revision = term_key, term_revision
         self._shelves: dict[type[Stored], Shelf[Any]] = {cls: Shelf(cls) for cls in KINDS}
-        self._revisions: dict[str, int] = {}
         self._in_flight: dict[str, asyncio.Task[None]] = {}
+        #: The newest jobs that have ended.
+        self._closed: deque[str] = deque()
 
     @classmethod
     async def open(cls, store: Store, term_key: str = "meta/term", *, before_upgrade: schema.Before | None = None) -> LeaderStore:
@@ -88,17 +93,25 @@ class LeaderStore:
             raise NotLeader(f"another master took term {term} at the same moment") from None
         leader = cls(store, term_key, term, revision)
         leader.revision = max(revision, upgraded)
-        entries, _ = await store.list("")
-        kinds = {kind.kind: kind for kind in KINDS}
-        for entry in entries:
-            kind, _, ident = entry.key.partition("/")
-            if kind == "meta":
-                continue
-            if kind not in kinds:
-                raise StoreError(f"the store has {entry.key}, which this version does not know", hint="run the version that wrote it")
-            leader._shelves[kinds[kind]].put(_parse(kinds[kind], ident, entry.value))
-            leader._revisions[entry.key] = entry.revision
+        known = {kind.kind: kind for kind in KINDS}
+        for kind in await store.kinds():
+            if kind != "meta" and kind not in known:
+                entries, _ = await store.list(kind)
+                raise StoreError(f"the store has {entries[0].key}, which this version does not know", hint="run the version that wrote it")
+        # Nobody else can write any more: several reads see one state.
+        for each in KINDS:
+            if each is not Step:
+                await leader._read(each, "")
+        for job in leader._shelves[Job].active():
+            await leader._read(Step, f"{job.id}/")
         return leader
+
+    async def _read(self, cls: type[T], prefix: str) -> None:
+        """Objects of the store into memory."""
+        shelf = self._shelf(cls)
+        entries, _ = await self.store.list(f"{cls.kind}/{prefix}")
+        for entry in entries:
+            shelf.put(_parse(cls, entry.key.partition("/")[2], entry.value), entry.revision)
 
     # --- reading ---
 
@@ -117,9 +130,43 @@ class LeaderStore:
         """All objects of the class, by id."""
         return self._shelf(cls).all()
 
+    def active(self, cls: type[T]) -> list[T]:
+        """Those that are not over, by id: of jobs those that have not ended. ``all`` makes the others again for each call."""
+        return self._shelf(cls).active()
+
+    def ids(self, cls: type[Stored]) -> list[str]:
+        """The ids of all, in order."""
+        return self._shelf(cls).ids()
+
+    def states(self, cls: type[Stored]) -> Mapping[str, int]:
+        """How many objects are in which state."""
+        return self._shelf(cls).states()
+
     def prefix(self, cls: type[T], prefix: str) -> list[T]:
-        """The objects whose id starts with the prefix, by id."""
+        """The objects whose id starts with the prefix, by id. Steps of jobs that have ended are not in memory: see ``journal``."""
         return self._shelf(cls).prefix(prefix)
+
+    async def journal(self, job: Job) -> list[Step]:
+        """The steps of a job in their order; those of one that has ended are read from the store. Errors: those of the store."""
+        found = self.prefix(Step, f"{job.id}/")
+        if found or not job.over:
+            return found
+        entries, _ = await self.store.list(f"{Step.kind}/{job.id}/")
+        return [_parse(Step, entry.key.partition("/")[2], entry.value) for entry in entries]
+
+    def _let_go(self, job: Job) -> None:
+        """Its journal may leave memory; those of the newest stay for those who wait for them."""
+        self._closed.append(job.id)
+        if len(self._closed) > WHOLE:
+            self._shelf(Step).drop(f"{self._closed.popleft()}/")
+
+    async def forget(self, job: Job, others: Iterable[Stored] = ()) -> None:
+        """Delete a job that has ended with its steps, and ``others``. Errors: those of ``write``."""
+        await self._read(Step, f"{job.id}/")
+        try:
+            await self.write(delete=[job, *self.prefix(Step, f"{job.id}/"), *others])
+        finally:
+            self._shelf(Step).drop(f"{job.id}/")
 
     def by_name(self, cls: type[T], name: str) -> T | None:
         """The object with this name."""
@@ -135,7 +182,7 @@ class LeaderStore:
 
     def revision_of(self, item: Stored) -> int:
         """The revision of the transaction that wrote the object; 0 when there is none with its id."""
-        return self._revisions.get(_key(item), 0)
+        return self._shelf(type(item)).revision(item.id)
 
     def _shelf(self, cls: type[T]) -> Shelf[T]:
         return cast(Shelf[T], self._shelves[cls])
@@ -195,21 +242,21 @@ class LeaderStore:
             bodies[key] = item.model_dump_json().encode()
             # Memory keeps what a later leader will read, and nothing becomes durable that cannot be read.
             change.put[key] = _parse(type(item), item.id, bodies[key])
-            compare[key] = self._revisions.get(key, 0)
+            compare[key] = self.revision_of(item)
         for item in delete:
             key = self._claim(item, change)
-            if key not in self._revisions:
+            if not self.revision_of(item):
                 raise CompareFailed(f"{item.resource} was deleted by somebody else", key=key)
             change.delete[key] = item
-            compare[key] = self._revisions[key]
+            compare[key] = self.revision_of(item)
         for item in expect:
             key = _key(item)
             if self.get(type(item), item.id) != item:
                 raise CompareFailed(f"{item.resource} was changed by somebody else", key=key)
-            compare[key] = self._revisions[key]
+            compare[key] = self.revision_of(item)
         for item in absent:
             key = _key(item)
-            if key in self._revisions:
+            if self.revision_of(item):
                 raise CompareFailed(f"{item.resource} exists already", key=key)
             compare[key] = 0
         change.transaction = Transaction(put=bodies, delete=tuple(change.delete), compare=compare)
@@ -226,11 +273,11 @@ class LeaderStore:
     async def _commit(self, change: _Change) -> None:
         try:
             revision = await self._land(change.transaction)
-            pairs = [(self._shelf(type(item)).put(item), item) for item in change.put.values()]
+            pairs = [(self._shelf(type(item)).put(item, revision), item) for item in change.put.values()]
             gone = [(self._shelf(type(item)).remove(item.id), None) for item in change.delete.values()]
-            for key in change.delete:
-                del self._revisions[key]
-            self._revisions.update(dict.fromkeys(change.put, revision))
+            for item in change.put.values():
+                if isinstance(item, Job) and item.over:
+                    self._let_go(item)
             self.late += revision < self.revision
             self.revision = max(self.revision, revision)
         finally:
@@ -335,6 +382,8 @@ def _parse(cls: type[T], ident: str, body: bytes) -> T:
         ) from None
     if item.id != ident:
         raise StoreError(f"{cls.kind}/{ident} says that its id is {item.id}", hint="restore a backup: docs/howto/restore-the-master.md")
+    # pydantic keeps for each object which fields were given: 700 bytes. Nothing asks for that, so all objects of a class share it.
+    object.__setattr__(item, "__pydantic_fields_set__", _FIELDS[cls])
     return item
 
 

@@ -58,6 +58,9 @@ class Store(Protocol):
     async def list(self, prefix: str) -> tuple[Sequence[Entry], int]:
         """All entries whose key starts with the prefix, by key, and the store's revision at that moment (one snapshot)."""
 
+    async def kinds(self) -> Sequence[str]:
+        """What stands before the first ``/`` of the keys: each once, in order."""
+
     async def transact(self, transaction: Transaction) -> int:
         """Check all compares and apply all changes, atomically; returns the new revision.
 

@@ -58,6 +58,10 @@ class MemoryStore:
         found = [entry for key, entry in self.durable.entries.items() if key.startswith(prefix)]
         return sorted(found, key=lambda entry: entry.key), self.durable.revision
 
+    async def kinds(self) -> Sequence[str]:
+        await self._turn()
+        return sorted({key.partition("/")[0] for key in self.durable.entries})
+
     async def transact(self, transaction: Transaction) -> int:
         check_transaction(transaction)
         await self._turn()

@@ -80,6 +80,9 @@ class SqliteStore:
     async def list(self, prefix: str) -> tuple[Sequence[Entry], int]:
         return await self._call(lambda: self._file.entries(prefix))
 
+    async def kinds(self) -> Sequence[str]:
+        return await self._call(self._file.kinds)
+
     async def transact(self, transaction: Transaction) -> int:
         check_transaction(transaction)
         revision: int = await self._wait(_Order(self._loop.create_future(), transaction=transaction))

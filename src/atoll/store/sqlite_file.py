@@ -143,6 +143,16 @@ class Database:
             found.append(Entry(*row))
         return found, self.revision
 
+    def kinds(self) -> list[str]:
+        """The first parts of the keys, from one jump in the index to the next."""
+        found: set[str] = set()
+        after = ""
+        while row := self._db.execute("SELECT key FROM obj WHERE key >= ? ORDER BY key LIMIT 1", (after,)).fetchone():
+            kind, slash, _ = row[0].partition("/")
+            found.add(kind)
+            after = kind + "0" if slash else row[0] + "\0"  # "0" is the character after "/"
+        return sorted(found)
+
     def events(self, prefix: str, after: int, limit: int = 1000) -> tuple[list[list[Event]], int]:
         """The changes of at most ``limit`` revisions after ``after``, and the revision that they reach up to. Errors: Compacted."""
         if after < self.compacted:

@@ -15,7 +15,6 @@ from atoll.api.metrics import MEDIA_TYPE, JobDurations, exposition
 from atoll.api.rest import auth
 from atoll.model.errors import InvalidInput
 from atoll.model.messages import Space
-from atoll.model.objects import Step
 from atoll.operations import views
 from atoll.operations.index import Index, Row
 
@@ -56,10 +55,10 @@ def pick(rows: list[Row], fields: str | None) -> list[Row]:
     return [{name: row[name] for name in wanted} for row in rows]
 
 
-def job_row(leader: Leader, target: str) -> Row:
+async def job_row(leader: Leader, target: str) -> Row:
     """One job with its progress and steps."""
     job = views.find(leader.state, "job", target)
-    steps = leader.state.store.prefix(Step, f"{job.id}/")
+    steps = await leader.state.store.journal(job)
     return views.job(job, index_of(leader), leader.job_progress(job.number), steps)
 
 
@@ -131,7 +130,7 @@ def _reads_of(routes: APIRouter, leader: Leader, noun: str) -> None:
             found = views.find(leader.state, "job", target)
             if wait and not found.state.ended:
                 await leader.wait_job(found.number, wait)
-            return answer(job_row(leader, target))
+            return answer(await job_row(leader, target))
 
         return
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -11,8 +12,9 @@ from starlette.responses import Response
 
 from atoll.api.leader import Leader
 from atoll.api.rest import auth, body
-from atoll.api.rest.reads import answer, job_row
+from atoll.api.rest.reads import MAX_WAIT, answer, job_row
 from atoll.model.errors import InvalidInput
+from atoll.operations.index import Row
 from atoll.operations.registry import Operation
 from atoll.operations.requests import Name, Ref
 from atoll.operations.views import find
@@ -82,6 +84,7 @@ def _operation(routes: APIRouter, leader: Leader, operation: Operation) -> None:
     async def submit(
         request: Request,
         dry_run: Annotated[bool, Query(description="check only; nothing is changed")] = False,
+        wait: Annotated[float, Query(ge=0, le=MAX_WAIT, description="seconds to wait for the job's end, which is then in `ended`")] = 0.0,
         idempotency_key: Annotated[str, Header(description="the same key and request give the same job again")] = "",
     ) -> Response:
         caller = auth.require(request, leader, operation.role)
@@ -100,7 +103,9 @@ def _operation(routes: APIRouter, leader: Leader, operation: Operation) -> None:
         if submission.job is None:
             locks = {"shared": list(submission.shared), "exclusive": list(submission.exclusive)}
             return answer({"job": None, "summary": submission.summary, "repeated": False, **locks})
-        made = {"job": submission.job, "summary": submission.summary, "repeated": submission.repeated}
+        made: dict[str, Any] = {"job": submission.job, "summary": submission.summary, "repeated": submission.repeated}
+        if wait:
+            made["ended"] = await _ended(leader, submission.job, wait)
         return answer(made, 202, {"Location": f"/v1/jobs/{submission.job}"})
 
     extra = _with_body(operation.request, required)
@@ -120,18 +125,28 @@ def _operation(routes: APIRouter, leader: Leader, operation: Operation) -> None:
     )
 
 
+async def _ended(leader: Leader, number: int, seconds: float) -> Row | None:
+    """The job once it has ended or needs attention; None when that takes longer."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + seconds
+    job = find(leader.state, "job", str(number))
+    while job.state.active and (left := until - loop.time()) > 0:
+        job, _ = await leader.wait_job(number, left)
+    return None if job.state.active else await job_row(leader, str(number))
+
+
 def _jobs(routes: APIRouter, leader: Leader) -> None:
     @routes.post("/v1/jobs/{target}/cancel", tags=["job"], summary="Ask a job to stop; it is undone")
     async def cancel(request: Request, target: str) -> Response:
         auth.require(request, leader, "operator")
         await leader.cancel_job(find(leader.state, "job", target).number)
-        return answer(job_row(leader, target))
+        return answer(await job_row(leader, target))
 
     @routes.post("/v1/jobs/{target}/undo", tags=["job"], summary="Undo a job that needs attention")
     async def undo(request: Request, target: str) -> Response:
         auth.require(request, leader, "operator")
         await leader.undo_job(find(leader.state, "job", target).number)
-        return answer(job_row(leader, target))
+        return answer(await job_row(leader, target))
 
     @routes.post(
         "/v1/jobs/{target}/resume",
@@ -143,7 +158,7 @@ def _jobs(routes: APIRouter, leader: Leader) -> None:
         auth.require(request, leader, "operator")
         wanted = await body.parse(request, ResumeRequest)
         await leader.resume_job(find(leader.state, "job", target).number, wanted.node_is_dead)
-        return answer(job_row(leader, target))
+        return answer(await job_row(leader, target))
 
 
 def _tokens(routes: APIRouter, leader: Leader) -> None:
