@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
-from atoll.model.places import OPEN_DIRECTORY, lies_in
+from atoll.model.places import OPEN_DIRECTORY
 
 #: Below it operators may name files for exports, to write and to read; elsewhere only admins may.
 EXPORTS = "/var/lib/atoll/exports"
@@ -34,7 +34,7 @@ class ImageSource(BaseModel):
     @property
     def open_to_operators(self) -> bool:
         """Whether it lies where operators may take images from."""
-        return lies_in(self.path, OPEN_DIRECTORY)
+        return self.path.startswith(OPEN_DIRECTORY + "/")
 
 
 def _os(text: str) -> str:
