@@ -254,7 +254,7 @@ async def test_a_start_that_took_its_time_does_not_begin_for_a_master_of_the_pas
     async def start(args: dict[str, Any], report: Any) -> None:
         begun.set()
         await attached.wait()
-        contact.check("guest.start")
+        contact.check_again("guest.start")
         done.append(args)
 
     service = Service("node1", memory, {"guest.start": start}, contact)

@@ -57,10 +57,6 @@ class Contact:
 
     def check(self, what: str) -> None:
         """Refuse to begin something. Errors: Unreachable (the master repeats the order)."""
-        asked = step.get()
-        if asked is not None and asked.term < self._memory.term:
-            # It has taken its time, and a newer master may have decided otherwise meanwhile. If it has not, it asks again.
-            raise Unreachable(f"{what}: a master of term {self._memory.term} leads now; this was asked for in term {asked.term}")
         if self._answered is None:
             raise Unreachable(f"{what}: this agent has just begun and has not been heard by the master yet")
         if self._dead:
@@ -68,3 +64,11 @@ class Contact:
         silence = self.now() - self._answered
         if silence > TRUST:
             raise Unreachable(f"{what}: the master has not answered this node for {silence:.0f} s and may take it for dead")
+
+    def check_again(self, what: str) -> None:
+        """The same in the middle of a step that has taken its time: a newer master may have decided otherwise meanwhile, and if it has
+        not, it asks again. Errors: Unreachable."""
+        asked = step.get()
+        if asked is not None and asked.term < self._memory.term:
+            raise Unreachable(f"{what}: a master of term {self._memory.term} leads now; this was asked for in term {asked.term}")
+        self.check(what)

@@ -93,7 +93,7 @@ class GuestOrders:
             try:
                 spec = await self._attach_all(spec, args["disks"])
                 # Attaching may have taken long: the instance may be somebody else's by now.
-                self._contact.check("guest.start")
+                self._contact.check_again("guest.start")
                 report(Progress(text="starting the guest"))
                 await self._hypervisor.start(spec, report)
             except AtollError:
@@ -161,7 +161,7 @@ class GuestOrders:
         disk = GuestDisk(**args["disk"])
         connection = Connection(**args["connection"])
         attached = await self._attachments.attach(args["instance"], args["pool"], connection, args["access"])
-        self._contact.check("guest.plug")
+        self._contact.check_again("guest.plug")
         await self._hypervisor.plug(args["instance"], disk.model_copy(update={"attached": attached}))
 
     async def unplug(self, args: dict[str, Any], report: Report) -> Any:
@@ -208,7 +208,7 @@ class GuestOrders:
         """Let a loaded or paused guest run. Checked like a start: it begins to write here."""
         async with self._locks[args["instance"]]:
             self._check_generation(args["instance"], args["generation"])
-            self._contact.check("guest.resume")
+            self._contact.check_again("guest.resume")
             await self._hypervisor.resume(args["instance"])
 
     async def go_on(self, args: dict[str, Any], report: Report) -> Any:
