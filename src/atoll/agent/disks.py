@@ -179,7 +179,7 @@ class StorageOrders:
                     out = await self._storage.pool(ref, "fence", QUICK, **name, whom=disk["fence"], volume=disk["volume"])
                     if out:
                         report(Progress(text=f"shut out of {disk['volume']}: {', '.join(out)}"))
-                found["writers"] = await self._writers(ref, disk["logical_id"], disk.get("patience", args.get("patience", 0.0)))
+                found["writers"] = await self._writers(ref, disk["logical_id"], args.get("patience", 0.0))
                 if disk.get("fence") and not found["writers"]:
                     # Who has died without a word has left his lock.
                     await self._storage.pool(ref, "fence", QUICK, **name, whom="none")

@@ -104,11 +104,13 @@ def _ports(address: str, count: int) -> list[int]:
 
 class SmallCeph:
     """The cluster. ``place``: its directory, whose path is short (Unix sockets lie in it). ``conf``: what clients need beside a keyring.
+    ``netns``: the network namespace that has ``address``, such as the one of a lab's switch; empty = ours.
 
     Use it from the main thread: the daemons end with the thread that started them.
     """
 
-    def __init__(self, place: Path, address: str = "127.0.0.1", network: str = "127.0.0.0/8", size: int = 1 << 30) -> None:
+    def __init__(self, place: Path, address: str = "127.0.0.1", network: str = "127.0.0.0/8", size: int = 1 << 30, netns: str = "") -> None:
+        self._within = ["nsenter", f"--net={netns}", "--"] if netns else []
         self.place, self.address, self._network, self._size = place, address, network, size
         self.conf = place / "ceph.conf"
         self._running: dict[str, subprocess.Popen[bytes]] = {}
@@ -136,7 +138,7 @@ class SmallCeph:
             raise
 
     def _make_monitor(self) -> None:
-        v2, v1, osd = _ports(self.address, 3)
+        v2, v1, osd = (3300, 6789, 6800) if self._within else _ports(self.address, 3)
         fsid = str(uuid.uuid4())
         values = {"place": self.place, "fsid": fsid, "address": self.address, "network": self._network, "v1": v1, "v2": v2, "osd": osd}
         # An OSD binds eight ports, from this one on those that it finds free.
@@ -161,7 +163,7 @@ class SmallCeph:
         """Run a command of Ceph's for this cluster, as its administrator; what it printed. Errors: HostError with its words."""
         environment = {**os.environ, "CEPH_CONF": str(self.conf), "CEPH_ARGS": ""}
         try:
-            done = subprocess.run(argv, capture_output=True, text=True, timeout=deadline, env=environment, input=input)
+            done = subprocess.run([*self._within, *argv], capture_output=True, text=True, timeout=deadline, env=environment, input=input)
         except subprocess.TimeoutExpired:
             raise DeadlineExceeded(f"{' '.join(argv)} took longer than {deadline:g} s") from None
         if done.returncode:
@@ -206,7 +208,7 @@ class SmallCeph:
         with (self.place / f"{name}.out").open("wb") as out:
             environment = {**os.environ, "CEPH_CONF": str(self.conf), "CEPH_ARGS": ""}
             self._running[name] = subprocess.Popen(
-                argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, preexec_fn=_with_parent
+                [*self._within, *argv], stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, preexec_fn=_with_parent
             )
 
     def _check(self, end: float) -> None:

@@ -163,7 +163,7 @@ async def connect_disks_of(job: JobContext, instance: str, node: str, volume: st
     found = await job.read("volume to connect", plan)
     accept = partial(check_connections, expect_writer=expect_writer)
     answer = (
-        await job.look("connect the volume", found["worker"], "disks.connect", {"disks": [found["disk"]]}, accept=accept, deadline=140.0)
+        await job.look("connect the volume", found["worker"], "disks.connect", {"disks": [found["disk"]]}, accept=accept, deadline=100.0)
     )[0]
     return {"pool": answer["pool"], "connection": answer["connection"], "access": found["access"]}
 

@@ -56,12 +56,7 @@ def connect_plan(state: State, instance: Instance, node: str, fence: str = "") -
 
 def connecting(state: State, pool: Pool, node: str, fence: str) -> dict[str, Any]:
     """What else the pool half is told of a disk that shall be used on ``node``, where the storage can shut writers out."""
-    driver = state.driver(pool)
-    if not driver.fencing:
-        return {}
-    more: dict[str, Any] = {"node": state.store.require(Node, node).name}
-    # A writer that died before it was noted goes by itself; one that lives stays, and is told of.
-    return {**more, "fence": fence, "patience": driver.lease + 5.0} if fence else more
+    return {"node": state.store.require(Node, node).name, "fence": fence} if state.driver(pool).fencing else {}
 
 
 def check_connections(answer: list[dict[str, Any]], *, expect_writer: bool = False) -> None:

@@ -55,8 +55,6 @@ class DriverInfo(BaseModel):
     exclusive_lock: bool = False
     #: Its pool half is a ``FencingPool``: it can shut out who still writes, whatever he believes.
     fencing: bool = False
-    #: Seconds after which the storage itself no longer counts a writer that has died.
-    lease: float = 0.0
     #: Largest size of a volume, in bytes.
     max_size: int = 1 << 60
     #: Sizes are rounded up to a multiple of this, in bytes.

@@ -13,6 +13,5 @@ INFO = DriverInfo(
     rename="offline",
     exclusive_lock=True,
     fencing=True,
-    lease=30.0,
     options=OPTIONS,
 )
