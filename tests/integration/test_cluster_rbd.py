@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -21,9 +20,7 @@ from support import MIB, Cluster, until
 from atoll.lab import network
 from atoll.lab.layout import netns_name
 from atoll.lab.smallceph import missing
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from ceph_support import Ceph  # noqa: E402
+from ceph_support import Ceph
 
 pytestmark = [
     pytest.mark.root,
@@ -59,7 +56,11 @@ class RbdCluster(Cluster):
         shutil.rmtree(self.place, ignore_errors=True)
 
     def add_pool(self, name: str, **options: str) -> None:
+        """Only node1, which has the role of a storage controller, has the keyring of the user that manages the pool."""
         made = self.ceph.pool_ref(name, **options)
+        there = self.node("node1").root / "etc" / "atoll" / "manager.keyring"
+        shutil.move(made.options["keyring"], there)
+        made.options["keyring"] = "/etc/atoll/manager.keyring"
         self.do("POST", "/v1/pools", name=name, driver="rbd", options=made.options)
 
     def rbd(self, *words: str) -> str:
@@ -94,7 +95,7 @@ class RbdCluster(Cluster):
 def cluster() -> Iterator[RbdCluster]:
     made = RbdCluster(f"cr{os.getpid()}", 3)
     try:
-        made.add_pool("vms")
+        made.add_pool("vms", isolation="volume")
         yield made
     finally:
         made.close()
@@ -130,6 +131,7 @@ def test_a_guest_in_user_space_leaves_nothing_on_the_node_but_a_key_in_memory(cl
     assert not any(key in cluster.argv("node2") for key in keys(cluster))
     volume = row["disks"][0]["volume"]
     assert (node.run_dir / "keys" / f"{volume}.key").stat().st_mode & 0o777 == 0o400
+    assert not (node.root / "etc" / "atoll" / "manager.keyring").exists()
     assert not any(key in (node.run_dir / "guests" / web / "spec.json").read_text() for key in keys(cluster))
     assert cluster.findings() == []
 

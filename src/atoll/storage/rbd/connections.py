@@ -22,6 +22,7 @@ except ImportError:  # pragma: no cover
 _CONNECT, _COMMAND = 10, 15
 #: What users may do with a broken-off connection: make another one.
 _GONE = (errno.ESHUTDOWN, errno.ENOTCONN)
+_abandoned: list[Any] = []
 _kept: dict[tuple[str, str, str, str, str], Link] = {}
 
 
@@ -52,7 +53,7 @@ def explain(error: Any, options: RbdOptions, what: str) -> AtollError:
     if number in (errno.EPERM, errno.EACCES):
         return PoolUnavailable(
             f"{words}: Ceph does not let user client.{options.user} do that",
-            hint=f"ceph auth get client.{options.user}; see adopt-a-ceph-cluster",
+            hint=f"ceph auth get client.{options.user}; see docs/howto/adopt-a-ceph-cluster.md",
         )
     if number in (errno.ENOSPC, errno.EDQUOT):
         return PoolFull(f"{words}: no space left")
@@ -137,10 +138,12 @@ def other_user(options: RbdOptions, user: str, keyring: str) -> Iterator[Any]:
 def _forget(gone: Link) -> None:
     for key in [key for key, kept in _kept.items() if kept is gone]:
         del _kept[key]
-    with contextlib.suppress(rados.Error):
-        gone.ioctx.close()
-    with contextlib.suppress(rados.Error):
-        gone.cluster.shutdown()
+    abandon(gone)
+
+
+def abandon(thing: Any) -> None:
+    """Keep what belongs to a connection that was cut off as it is: closing it may hang for ever."""
+    _abandoned.append(thing)
 
 
 def check_name(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The node half: QEMU opens the image by itself (``driver: rbd``); on the node there is nothing but a key in a file while it is attached."""
+"""The node half: QEMU opens the image by itself; on the node there is nothing but a key in a file, while it is attached."""
 
 from __future__ import annotations
 

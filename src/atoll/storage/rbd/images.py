@@ -41,7 +41,10 @@ def volume_of(logical_id: str) -> str | None:
 
 
 def create(link: Link, options: RbdOptions, spec: VolumeSpec) -> str:
-    """Make it. Ceph makes an image in several steps: one that was broken off in between is made anew. Errors: Conflict, PoolFull, InvalidSize."""
+    """Make it. Ceph makes an image in several steps: one that was broken off in between is made anew.
+
+    Errors: Conflict, PoolFull, InvalidSize.
+    """
     name = image_name(spec.name, spec.volume)
     if unknown := sorted(spec.options):
         raise InvalidInput(f"volumes of this pool have no option {unknown[0]!r}")
@@ -108,8 +111,7 @@ def everything(link: Link) -> list[VolumeStat]:
 
     names = sorted(name for name in rbd.RBD().list(link.ioctx) if not name.startswith(HIDDEN))
     with ThreadPoolExecutor(_LOOKERS) as pool:
-        found = list(pool.map(one, names))
-    return found
+        return list(pool.map(one, names))
 
 
 def grow(link: Link, logical_id: str, size: int) -> int:

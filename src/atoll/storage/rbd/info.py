@@ -12,6 +12,7 @@ INFO = DriverInfo(
     adoption="may",
     rename="offline",
     exclusive_lock=True,
+    controller=True,
     fencing=True,
     options=OPTIONS,
 )

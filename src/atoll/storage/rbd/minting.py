@@ -11,7 +11,7 @@ from typing import Any
 import rados
 import rbd
 
-from atoll.model.errors import PoolUnavailable
+from atoll.model.errors import Conflict, PoolUnavailable
 from atoll.storage.rbd import clients, connections
 from atoll.storage.rbd.connections import Link
 from atoll.storage.rbd.options import RbdOptions
@@ -39,12 +39,14 @@ def _objects(pool: str, namespace: str, ident: str, data_pool: str, pool_id: int
 def caps(link: Link, options: RbdOptions, name: str) -> str:
     """What the OSDs allow to the user of an image. A clone may read what it was made from. Errors: NotFound."""
     where = f'pool={options.pool} namespace="{options.namespace}"'
-    granted = [f"allow rx {where} object_prefix rbd_id.{name}", f"allow rx {where} object_prefix rbd_info"]
+    # Settings of the pool are read in the default namespace, whatever the image's own.
+    granted = [f"allow rx {where} object_prefix rbd_id.{name}"]
+    granted += [f'allow rx pool={options.pool} namespace="{space}" object_prefix rbd_info' for space in sorted({"", options.namespace})]
     with clients.opened(link, name) as image:
         granted += _objects(options.pool, options.namespace, image.id(), _data_pool(link, image), link.ioctx.get_pool_id())
         parent = _parent(image)
     while parent is not None:
-        pool, namespace, ident, snap = parent
+        pool, namespace, ident, _ = parent
         with link.cluster.open_ioctx(pool) as ioctx:
             ioctx.set_namespace(namespace)
             with rbd.Image(ioctx, image_id=ident, read_only=True) as image:
@@ -75,6 +77,7 @@ def _command(cluster: Any, prefix: str, **arguments: Any) -> tuple[int, bytes, s
 def grant(link: Link, options: RbdOptions, name: str, volume: str) -> str:
     """Let the node use the image, by a user of its own; the user's name. Errors: NotFound, PoolUnavailable."""
     user = user_of(options.node_user, volume)
+    _check_alone(link, name)
     wanted = ["mon", _MON, "osd", caps(link, options, name)]
     clients.remember(link, f"{_GRANTED}{volume}/{user}", {"image": name})
     code, _, words = _command(link.cluster, "auth get-or-create", entity=f"client.{user}", caps=wanted)
@@ -86,6 +89,18 @@ def grant(link: Link, options: RbdOptions, name: str, volume: str) -> str:
             f"client.{options.user} cannot make the Ceph user client.{user}: {words or code}", hint="see docs/howto/adopt-a-ceph-cluster.md"
         )
     return user
+
+
+def _check_alone(link: Link, name: str) -> None:
+    """Refuse an image whose id begins another's: the rights for its header would be rights for the other's. Ids are random, so that this
+    happens once in many millions of images. Errors: Conflict."""
+    ids = {entry["name"]: entry["id"] for entry in rbd.RBD().list2(link.ioctx)}
+    other = next((n for n, ident in ids.items() if n != name and name in ids and ident.startswith(ids[name])), None)
+    if other is not None:
+        raise Conflict(
+            f"image {name} cannot have a user of its own: what it may do would include image {other}",
+            hint=f"rbd deep cp POOL/{name} POOL/NEW, and rename NEW to {name}",
+        )
 
 
 def revoke(link: Link, options: RbdOptions, volume: str, only: str = "") -> None:

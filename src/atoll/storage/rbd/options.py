@@ -22,8 +22,8 @@ OPTIONS = (
     Option(name="node_keyring", description="its keyring on every node; empty: /etc/ceph/ceph.client.USER.keyring"),
     Option(
         name="isolation",
-        description="volume: each attached volume has a Ceph user of its own, which can do nothing else, and node_user only fetches its key; "
-        "none: guests use node_user itself",
+        description="volume: each attached volume has a Ceph user of its own, which can do nothing else, and node_user only fetches "
+        "its key; none: guests use node_user itself",
         default="none",
         choices=("none", "volume"),
     ),
@@ -68,7 +68,8 @@ def parse(ref: PoolRef) -> RbdOptions:
     for name in ("pool", "namespace", "data_pool", "user"):
         if values[name] and not _WORD.match(values[name]):
             raise InvalidInput(f"option {name} of pool {ref.name} is a name of Ceph's, not {values[name]!r}")
-    values["node_user"] = values["node_user"].replace("{node}", ref.node or "node")
+    for name in ("node_user", "node_keyring"):
+        values[name] = values[name].replace("{node}", ref.node or "node")
     if not _WORD.match(values["node_user"]):
         raise InvalidInput(f"option node_user of pool {ref.name} is a name of Ceph's, not {values['node_user']!r}")
     for name, user in (("keyring", "user"), ("node_keyring", "node_user")):
@@ -82,7 +83,7 @@ def parse(ref: PoolRef) -> RbdOptions:
         raise InvalidInput(f"option features is a number, not {values['features']!r}", hint="features=61") from None
     if features & ~_KNOWN_FEATURES or not features & EXCLUSIVE_LOCK:
         raise InvalidInput(
-            f"images with the features {features} cannot be used: exclusive-lock (4) must be among them, and nothing above {_KNOWN_FEATURES}",
+            f"images with the features {features} cannot be used: exclusive-lock (4) must be there, and nothing above {_KNOWN_FEATURES}",
             hint="features=61",
         )
     return RbdOptions(

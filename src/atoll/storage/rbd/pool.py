@@ -17,8 +17,8 @@ import rbd  # noqa: E402
 from atoll.storage.rbd import clients, images, marks, minting, space  # noqa: E402
 
 _PROBE_SIZE = 1 << 20
-#: Probes that this process holds open: pool -> image.
-_held: dict[str, Any] = {}
+#: Probes that this process holds open: pool -> connection and image.
+_held: dict[str, tuple[connections.Link, Any]] = {}
 
 
 class Pool:
@@ -152,18 +152,21 @@ class Pool:
         """See ``PoolDriver``. Here the agents' own connections count."""
         key = f"{self.ref.id} {self._options.where}"
         with self._using("measuring who is seen") as link:
-            if action == "drop" or (action == "hold" and key in _held):
-                if key in _held:
-                    _held.pop(key).close()
-                if action == "drop":
-                    return True
+            if action != "look" and key in _held:
+                owner, image = _held.pop(key)
+                if owner is link:
+                    image.close()
+                else:
+                    connections.abandon(image)
+            if action == "drop":
+                return True
             if action == "hold":
                 with contextlib.suppress(rbd.ImageExists):
-                    rbd.RBD().create(
-                        link.ioctx, self._probe, _PROBE_SIZE, old_format=False, features=options.LAYERING | options.EXCLUSIVE_LOCK
-                    )
-                _held[key] = clients.opened(link, self._probe, read_only=False)
-                _held[key].lock_acquire(rbd.RBD_LOCK_MODE_EXCLUSIVE)
+                    features = options.LAYERING | options.EXCLUSIVE_LOCK
+                    rbd.RBD().create(link.ioctx, self._probe, _PROBE_SIZE, old_format=False, features=features)
+                image = clients.opened(link, self._probe, read_only=False)
+                _held[key] = link, image
+                image.lock_acquire(rbd.RBD_LOCK_MODE_EXCLUSIVE)
                 return True
             try:
                 image = rbd.Image(link.ioctx, self._probe, read_only=True)
