@@ -243,6 +243,22 @@ def test_failover_shuts_out_the_guest_of_a_node_that_is_cut_off(cluster: RbdClus
     cluster.one_writer(web)
 
 
+@pytest.mark.parametrize("where", ["node1", "node3"], ids=["the controller's image", "another node's image"])
+def test_a_disk_is_made_from_an_image(cluster: RbdCluster, where: str) -> None:
+    """Written into Ceph by QEMU's tools, with the key by a file, and over TLS from a node that has no keys of the pool's."""
+    path = cluster.node(where).root / "var" / "lib" / "atoll" / "source.raw"
+    path.write_bytes(os.urandom(MIB) + bytes(6 * MIB) + os.urandom(MIB))
+    image = {"node": where, "path": "/var/lib/atoll/source.raw"}
+    cluster.do("POST", "/v1/volumes", name="made", pool="vms", image=image)
+    volume = cluster.row("volumes", "made")
+    copy = cluster.place / "made.raw"
+    copy.unlink(missing_ok=True)
+    cluster.rbd("export", "--no-progress", f"{cluster.row('pools', 'vms')['options']['pool']}/{volume['logical_id']}", str(copy))
+    assert copy.read_bytes() == path.read_bytes()
+    assert not list((cluster.node("node1").run_dir / "keys").glob("*.key"))
+    cluster.do("DELETE", "/v1/volumes/made")
+
+
 def test_nothing_is_left(cluster: RbdCluster, web: str) -> None:
     cluster.do("DELETE", "/v1/instances/web", timeout=0)
     pool = cluster.row("pools", "vms")["options"]["pool"]

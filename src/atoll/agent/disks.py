@@ -163,6 +163,9 @@ class StorageOrders:
         ref = PoolRef(**args["ref"])
         for stat in await self._storage.pool(ref, "volumes", QUICK):
             if stat["volume"] == args["volume"]:
+                if registry.info(ref.driver).fencing and stat["size"]:
+                    # What filled it may have been killed; nobody else ever knew of it.
+                    await self._storage.pool(ref, "fence", QUICK, logical_id=stat["logical_id"], whom="all", volume=args["volume"])
                 await self._storage.pool(ref, "delete", QUICK, logical_id=stat["logical_id"])
         return None
 
