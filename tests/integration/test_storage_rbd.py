@@ -6,7 +6,8 @@ import asyncio
 import os
 import signal
 import subprocess
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,23 @@ def test_a_deletion_that_was_broken_off_is_finished_and_other_peoples_trash_stay
     assert [entry["name"] for entry in rbd.RBD().trash_list(ioctx)] == [f"{image}.old"]
 
 
+def test_what_has_snapshots_or_clones_is_not_lost(place: Place) -> None:
+    image, other = place.make(), place.make(OTHER, "other")
+    spec = f"{place.spec}/{image}"
+    place.rbd("snap", "create", "--no-progress", f"{spec}@byhand")
+    with pytest.raises(Conflict, match="made by hand: byhand"):
+        place.pool.delete(image)
+    place.rbd("clone", "--rbd-default-clone-format", "2", f"{spec}@byhand", f"{place.spec}/clone")
+    place.rbd("snap", "rm", "--no-progress", f"{spec}@byhand")
+    # What the clone reads stays in the trash until the clone is gone.
+    place.pool.delete(image)
+    assert image in place.rbd("trash", "ls", place.spec)
+    place.rbd("export", "--no-progress", f"{place.spec}/clone", str(place.ceph.place / "clone.raw"))
+    place.pool.delete("clone")
+    place.pool.delete(other)
+    assert place.rbd("trash", "ls", place.spec) == ""
+
+
 def test_a_guest_is_told_of_its_larger_disk(place: Place) -> None:
     image = place.make()
     found, _cluster = place.writer(image)
@@ -211,6 +229,37 @@ def test_what_can_be_adopted(place: Place) -> None:
     with pytest.raises(DiskInUse):
         place.pool.adopt("old", VOLUME)
     writer.close()
+
+
+@pytest.fixture
+def with_manager(ceph: Ceph) -> Iterator[None]:
+    """Ceph's figures come from its manager."""
+    ceph.start_manager()
+    yield
+    ceph.end("mgr")
+
+
+def test_space_is_what_guests_can_write(place: Place, with_manager: None) -> None:
+    """Copies are taken off, and a quota counts."""
+    pool = place.ref.options["pool"]
+
+    def settled(condition: Callable[[], bool]) -> None:
+        for _ in range(600):
+            if condition():
+                return
+            time.sleep(0.1)
+        raise AssertionError(f"not within a minute: {place.pool.check()}")
+
+    settled(lambda: place.pool.check().space is not None and place.pool.space().free > 0)
+    free = place.pool.space().free
+    assert 512 * MIB < free <= 1024 * MIB
+    place.ceph.run("ceph", "osd", "pool", "set-quota", pool, "max_bytes", str(256 * MIB))
+    settled(lambda: place.pool.space().free <= 256 * MIB)
+    place.ceph.run("ceph", "osd", "pool", "set-quota", pool, "max_bytes", "0")
+    place.ceph.run("ceph", "osd", "pool", "set", pool, "size", "2")
+    settled(lambda: place.pool.space().free <= free * 0.55)
+    place.ceph.run("ceph", "osd", "pool", "set", pool, "size", "1", "--yes-i-really-mean-it")
+    assert place.pool.check().details["copies"] == "1, at least 1 to write"
 
 
 # --- least privilege ---
@@ -349,6 +398,18 @@ async def test_a_call_that_hangs_ends_at_its_deadline_and_the_pool_comes_back(ho
         if host.stalled():
             await asyncio.sleep(0.1)
     assert await host.pool(place.ref, "volumes", 30.0) == []
+
+
+async def test_monitors_that_give_no_answer_are_named(place: Place) -> None:
+    place.ceph.signal("mon", signal.SIGSTOP)
+    host = StorageHost()
+    try:
+        status = await host.pool(place.ref, "check", 40.0)
+    finally:
+        place.ceph.signal("mon", signal.SIGCONT)
+        await host.close()
+    assert not status["ok"]
+    assert "Ceph gives no answer" in status["reason"]
 
 
 async def test_an_agent_that_was_cut_off_makes_a_new_connection(host: StorageHost, place: Place) -> None:

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,15 +127,23 @@ class SmallCeph:
             self._start("mon", ["ceph-mon", "-f", "-i", "a"])
             self._make_osd()
             self._start("osd", ["ceph-osd", "-f", "-i", "0"])
+            self._wait(lambda: self.ask("osd", "stat")["num_up_osds"] == 1, end)
             if manager:
-                self.user("mgr.a", "mgr/keyring", mon="allow profile mgr", osd="allow *", mds="allow *")
-                self._start("mgr", ["ceph-mgr", "-f", "-i", "a"])
-            while not self.ask("osd", "stat")["num_up_osds"] or (manager and not self.ask("mgr", "stat")["available"]):
-                self._check(end)
-                time.sleep(0.05)
+                self.start_manager(end - time.monotonic())
         except BaseException:
             self.down()
             raise
+
+    def start_manager(self, deadline: float = 60.0) -> None:
+        """Without one Ceph has no figures, and does all else."""
+        self.user("mgr.a", "mgr/keyring", mon="allow profile mgr", osd="allow *", mds="allow *")
+        self._start("mgr", ["ceph-mgr", "-f", "-i", "a"])
+        self._wait(lambda: bool(self.ask("mgr", "stat")["available"]), time.monotonic() + deadline)
+
+    def _wait(self, condition: Callable[[], bool], end: float) -> None:
+        while not condition():
+            self._check(end)
+            time.sleep(0.05)
 
     def _make_monitor(self) -> None:
         v2, v1, osd = (3300, 6789, 6800) if self._within else _ports(self.address, 3)
@@ -193,6 +201,12 @@ class SmallCeph:
     def signal(self, daemon: str, number: int) -> None:
         """Send a signal to ``mon``, ``osd`` or ``mgr``."""
         self._running[daemon].send_signal(number)
+
+    def end(self, daemon: str) -> None:
+        """Kill ``mon``, ``osd`` or ``mgr``."""
+        process = self._running.pop(daemon)
+        process.kill()
+        process.wait()
 
     def down(self) -> None:
         """End every daemon and remove the directory."""

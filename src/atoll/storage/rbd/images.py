@@ -189,12 +189,13 @@ def adopt(link: Link, source: str) -> VolumeStat:
 
 def delete(link: Link, logical_id: str, pool: str) -> None:
     """Move it into the trash, where nobody opens it any more, and remove it from there; missing is success. One that was in the trash
-    already, because an earlier deletion was broken off, is removed too. Errors: DiskInUse."""
+    already, because an earlier deletion was broken off, is removed too. Errors: DiskInUse, Conflict (it has snapshots made by hand)."""
     check_name(logical_id)
     try:
         refuse_writer(link, logical_id)
         with clients.opened(link, logical_id, read_only=False) as image:
             ident = image.id()
+            _refuse_snapshots(image, logical_id)
             image.metadata_set(DELETED, pool)
         rbd.RBD().trash_move(link.ioctx, logical_id, 0)
         clients.forget(link, ident)
@@ -203,6 +204,16 @@ def delete(link: Link, logical_id: str, pool: str) -> None:
             # Half made, or half deleted by somebody else.
             rbd.RBD().remove(link.ioctx, logical_id)
     sweep(link, pool)
+
+
+def _refuse_snapshots(image: Any, name: str) -> None:
+    """Snapshots would hold it in the trash, where nobody looks. Those that only clones need go with the clones."""
+    made = [snap["name"] for snap in image.list_snaps() if snap["namespace"] == rbd.RBD_SNAP_NAMESPACE_TYPE_USER]
+    if made:
+        raise Conflict(
+            f"image {name} has snapshots that were made by hand: {', '.join(made[:5])}",
+            hint=f"if nobody needs them: rbd snap purge POOL/{name}",
+        )
 
 
 def sweep(link: Link, pool: str) -> None:
