@@ -144,6 +144,8 @@ def test_migrate_while_it_writes(cluster: RbdCluster, web: str) -> None:
     cluster.settled(web, on=target)
     volume = cluster.row("instances", "web")["disks"][0]["volume"]
     assert not (cluster.node(source).run_dir / "keys" / f"{volume}.key").exists()
+    users = cluster.ceph.run("ceph", "auth", "ls")
+    assert (f"client.atoll-{target}.{volume}" in users, f"client.atoll-{source}.{volume}" in users) == (True, False)
 
 
 def test_disks_come_grow_and_go_while_it_runs(cluster: RbdCluster, web: str) -> None:
@@ -192,6 +194,7 @@ def test_who_else_has_the_image_open_is_told_and_left_alone(cluster: RbdCluster,
     other.stdin.flush()
     until(lambda: "wrote 4096" in other.stdout.readline(), "it has written")
     assert cluster.refused("POST", "/v1/instances/twice/start") == "disk_in_use"
+    assert f"client.atoll-node2.{cluster.row('instances', 'twice')['disks'][0]['volume']}" not in cluster.ceph.run("ceph", "auth", "ls")
     other.stdin.write("write 4096 4096\n")
     other.stdin.flush()
     until(lambda: "wrote 4096" in other.stdout.readline(), "it goes on to write")

@@ -29,6 +29,7 @@ from atoll.operations.running import (
     free_claim,
     note_writers,
     revoke_rights,
+    undo_rights,
 )
 from atoll.operations.state import State
 from atoll.operations.volumes import grow_image, new_size
@@ -162,6 +163,8 @@ async def connect_disks_of(job: JobContext, instance: str, node: str, volume: st
 
     found = await job.read("volume to connect", plan)
     accept = partial(check_connections, expect_writer=expect_writer)
+    if not expect_writer:
+        await undo_rights(job, found["worker"], [found["disk"]])
     answer = (
         await job.look("connect the volume", found["worker"], "disks.connect", {"disks": [found["disk"]]}, accept=accept, deadline=100.0)
     )[0]

@@ -189,7 +189,7 @@ async def _drop_copies(job: JobContext, plan: dict[str, Any]) -> None:
 
 async def _move_running(job: JobContext, instance: str, plan: dict[str, Any], new_ids: dict[str, str]) -> Any:
     """Alive: the hypervisor mirrors the disks while it moves the memory."""
-    shared = await connect_disks(job, instance, plan["source"], suffix=" (source)", expect_writer=True)
+    shared = await connect_disks(job, instance, plan["target"], suffix=" (shared)", expect_writer=True)
     moved = {copy["volume"]: copy for copy in plan["copies"]}
     disks = [disk for disk in shared if disk["connection"]["volume"] not in moved]
     request = [

@@ -92,6 +92,7 @@ async def connect_disks(
     )
     ready = []
     for worker, disks in plan:
+        await undo_rights(job, worker, disks, suffix=suffix)
         answer = await job.look(
             f"connect disks at {worker}{suffix}",
             worker,
@@ -104,6 +105,14 @@ async def connect_disks(
         for found in answer:
             ready.append({"pool": found["pool"], "connection": found["connection"], "access": access[found["volume"]]})
     return ready
+
+
+async def undo_rights(job: JobContext, worker: str, disks: list[dict[str, Any]], *, suffix: str = "") -> None:
+    """Before a node gets rights for disks: from here on, the job's undo takes them again."""
+    given = [disk for disk in disks if "node" in disk]
+    if given:
+        undo = Undo("disks.revoke", {"disks": given, "node": given[0]["node"]}, node=worker, dies=True)
+        await job.write(f"rights for disks by {worker}{suffix}", Changes, undo)
 
 
 async def note_writers(job: JobContext, instance: str, node: str, *, suffix: str = "") -> None:
