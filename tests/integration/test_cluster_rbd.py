@@ -136,6 +136,14 @@ def test_a_guest_in_user_space_leaves_nothing_on_the_node_but_a_key_in_memory(cl
     assert cluster.findings() == []
 
 
+def test_a_pool_that_cannot_be_is_refused_and_leaves_nothing(cluster: RbdCluster) -> None:
+    conf, keyring = str(cluster.ceph.conf), str(cluster.ceph.place / "client.admin.keyring")
+    assert cluster.refused("POST", "/v1/pools", name="x", driver="rbd", options={"pool": "x", "features": "3"}) == "invalid_input"
+    options = {"pool": "nothing", "conf": conf, "user": "admin", "keyring": keyring}
+    assert cluster.refused("POST", "/v1/pools", name="x", driver="rbd", options=options) == "pool_unavailable"
+    assert cluster.findings() == []
+
+
 def test_migrate_while_it_writes(cluster: RbdCluster, web: str) -> None:
     source = cluster.settled(web)
     target = "node3" if source == "node2" else "node2"

@@ -10,7 +10,7 @@ from typing import Any
 
 from atoll.agent.memory import Memory
 from atoll.agent.service import Handler
-from atoll.model.errors import AtollError, PoolUnavailable, StaleGeneration
+from atoll.model.errors import AtollError, InvalidInput, PoolUnavailable, StaleGeneration
 from atoll.model.messages import Attached, Connection, PoolRef, Progress
 from atoll.rpc.contract import Report
 from atoll.storage import registry
@@ -152,10 +152,11 @@ class StorageOrders:
         return handler
 
     async def unprepare(self, args: dict[str, Any], report: Report) -> Any:
-        """The undo of a preparation: where the storage is not there, nothing was marked, and nothing is to be taken back."""
+        """The undo of a preparation: where the storage is not there, or the options name none, nothing was marked, and nothing is to be
+        taken back."""
         try:
             await self._storage.pool(PoolRef(**args["ref"]), "forget", QUICK)
-        except PoolUnavailable as error:
+        except (InvalidInput, PoolUnavailable) as error:
             report(Progress(text=f"nothing to take back: {error.message}"))
 
     async def uncreate(self, args: dict[str, Any], report: Report) -> Any:

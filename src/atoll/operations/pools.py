@@ -83,7 +83,7 @@ async def measure_writers(job: JobContext, ref: dict[str, Any], nodes: list[tupl
     """Does a lock that one node takes show on another, and go when it is dropped? ``none`` unless it was seen."""
     driver = drivers.info(ref["driver"])
     # A lock that a service keeps is seen alike from everywhere.
-    alone = driver.node_local or (driver.controller and len(nodes) == 1)
+    alone = driver.node_local or (driver.runs_on == "controllers" and len(nodes) == 1)
     if not nodes or (not alone and len(nodes) < 2):
         return str(Writers.NONE)
     holder, looker = nodes[0], nodes[0] if alone else nodes[1]

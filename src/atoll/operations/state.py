@@ -197,7 +197,7 @@ class State:
     def managers(self, driver: DriverInfo, groups: Iterable[str]) -> list[Node]:
         """The nodes of these groups on which the driver's pool half runs, whether or not they answer."""
         nodes = [n for n in self.store.all(Node) if n.group in groups]
-        chosen = [n for n in nodes if "storage-controller" in n.roles] if driver.controller else []
+        chosen = [n for n in nodes if "storage-controller" in n.roles] if driver.runs_on == "controllers" else []
         return chosen or nodes
 
     def pool_node(self, pool: Pool, prefer: str | None = None, owner: str | None = None, exclude: Iterable[str] = ()) -> Node:

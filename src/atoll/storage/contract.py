@@ -55,7 +55,7 @@ class DriverInfo(BaseModel):
     exclusive_lock: bool = False
     #: Its pool half needs a credential that not every node shall have: it runs on nodes with the role ``storage-controller``, if the pool's
     #: groups have any.
-    controller: bool = False
+    runs_on: Literal["nodes", "controllers"] = "nodes"
     #: Its pool half is a ``FencingPool``: it can shut out who still writes, whatever he believes.
     fencing: bool = False
     #: Largest size of a volume, in bytes.

@@ -16,7 +16,10 @@ class Connector:
     def attach(self, connection: Connection, access: Literal["kernelspace", "userspace"]) -> Attached:
         """See ``Connector``. Errors: PoolUnavailable (no configuration or key here), NotSupported (no device can be made)."""
         if access != "userspace":
-            raise NotSupported("images in Ceph are opened by QEMU itself; this version maps none to a device", hint="access=userspace")
+            raise NotSupported(
+                "images in Ceph are opened by QEMU itself; this version maps none to a device",
+                hint="stop the instance, then use rbd map or rbd export on a host with Ceph's client",
+            )
         data = connection.data
         path = keyring.lay_out(connection.volume, self._key(connection))
         secret = f"key-{connection.volume}"

@@ -12,7 +12,7 @@ INFO = DriverInfo(
     adoption="may",
     rename="offline",
     exclusive_lock=True,
-    controller=True,
+    runs_on="controllers",
     fencing=True,
     options=OPTIONS,
 )
