@@ -31,6 +31,8 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="real nodes need root"),
     pytest.mark.skipif(bool(missing()), reason="Ceph is not installed"),
 ]
+#: Cases for ``make faults``.
+LONG = pytest.mark.skipif("ATOLL_FAULT_STEPS" not in os.environ, reason="make faults ONLY=ceph")
 
 
 class RbdCluster(Cluster):
@@ -252,6 +254,63 @@ def test_failover_shuts_out_the_guest_of_a_node_that_is_cut_off(cluster: RbdClus
     until(lambda: not cluster.qemu(node, web), "the stale guest is gone")
     cluster.settled(web, on=target)
     cluster.one_writer(web)
+
+
+def master_point(cluster: RbdCluster, word: str) -> str:
+    """The fault point after the step of that name in the newest migration: all have the same steps."""
+    job = next(job for job in cluster.items("jobs") if job["operation"] == "instance.migrate" and job["state"] == "done")
+    steps = cluster.get(f"/v1/jobs/{job['id']}")["steps"]
+    number, what = next((index, step["what"]) for index, step in enumerate(steps, 1) if step["key"].startswith(word))
+    return f"master:instance.migrate:{number:02d}:after-{'effect' if what == 'call' else 'write'}"
+
+
+def traces(cluster: RbdCluster, volume: str) -> list[str]:
+    """What Ceph keeps of a volume: images, also in the trash, and users."""
+    pool = cluster.row("pools", "vms")["options"]["pool"]
+    found = cluster.rbd("ls", pool) + cluster.rbd("trash", "ls", "--all", pool) + cluster.ceph.run("ceph", "auth", "ls")
+    return [line for line in found.splitlines() if line.strip().endswith(volume)]
+
+
+@pytest.mark.parametrize(
+    ("service", "point"),
+    [
+        ("agent", "agent:volume.create:after"),
+        ("agent", "agent:disks.revoke:before"),
+        ("master", "note who writes"),
+        pytest.param("agent", "agent:guest.start:after", marks=LONG),
+        pytest.param("agent", "agent:disks.note:after", marks=LONG),
+        pytest.param("agent", "agent:volume.delete:after", marks=LONG),
+        pytest.param("master", "rights for disks", marks=LONG),
+        pytest.param("master", "end rights", marks=LONG),
+    ],
+)
+def test_whoever_dies_in_between_everything_is_done_or_undone(cluster: RbdCluster, service: str, point: str) -> None:
+    """A guest's whole life, during which an agent or the master is killed once, where Ceph has just been changed or is about to be."""
+    body = {"name": "life", "template": "vms", "disks": [{"size": 16 * MIB}], "memory": 128 * MIB, "node": "node2"}
+    body |= {"kernel": str(cluster.image.kernel), "initrd": str(cluster.image.initrd), "append": cluster.writer(10000)}
+    steps: list[tuple[str, str, dict[str, Any]]] = [
+        ("POST", "/v1/instances", body),
+        ("POST", "/v1/instances/life/migrate", {"node": "node3"}),
+        ("DELETE", "/v1/instances/life", {"timeout": 0}),
+    ]
+    if service == "agent":
+        armed = [cluster.arm(node.name, "agent", point) for node in cluster.lab.nodes]
+    else:
+        armed = [cluster.arm("node1", "master", master_point(cluster, point))]
+    volume = ""
+    for method, path, more in steps:
+        end = cluster.end_of(cluster.submit(method, path, **more))
+        assert end["state"] == "done", end
+        cluster.wait_alive()
+        if method == "POST":
+            instance = cluster.settled(cluster.row("instances", "life")["id"]) and cluster.row("instances", "life")
+            volume = instance["disks"][0]["volume"]
+    fired = [path for path in armed if not path.exists()]
+    for path in armed:
+        path.unlink(missing_ok=True)
+    assert fired, f"{point} was not reached"
+    assert traces(cluster, volume) == []
+    assert cluster.findings() == []
 
 
 @pytest.mark.parametrize("where", ["node1", "node3"], ids=["the controller's image", "another node's image"])
