@@ -299,8 +299,9 @@ async def _unplug(job: JobContext, request: dict[str, Any]) -> None:
         args = {"instance": request["id"], "volume": request["volume"], "timeout": request["timeout"]}
         undo = Undo("guest.plug", {**back, "even_ended": True}, node=node, dies=True)
         await job.call("unplug", node, "guest.unplug", args, undo=undo, deadline=request["timeout"] + 30.0)
-        await revoke_rights(job, request["id"], node, volume=request["volume"])
     await job.commit()
+    if node:
+        await revoke_rights(job, request["id"], node, volume=request["volume"])
     await job.write("drop the disk", lambda: _drop_disk(job.state, {"instance": request["id"], "volume": request["volume"]}))
 
 
