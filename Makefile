@@ -23,7 +23,7 @@ test:  ## runs every test (as root: also those with real guests and nodes)
 	@scripts/setup.sh test
 	@$(PYTEST) $(TESTS)
 
-faults:  ## runs every fault test at full length and counts the cases (ONLY="simulation conformance store api processes guests": some of it)
+faults:  ## runs every fault test at full length and counts the cases (ONLY="simulation conformance store api processes ceph guests": some of it)
 	@scripts/setup.sh test
 	@.venv/bin/python scripts/run_faults.py --jobs $(JOBS) $(ONLY)
 

@@ -31,6 +31,7 @@ class Group:
     jobs: bool = True
 
 
+CEPH = ("tests/integration/test_storage_rbd.py", "tests/integration/test_cluster_rbd.py")
 _STORE = ("store_sqlite", "power_cut", "store_trouble", "store_full_master", "backup", "replica", "worker", "logs")
 STORE = tuple(f"tests/unit/test_{name}.py" for name in _STORE)
 API = tuple(f"tests/unit/test_{name}.py" for name in ("rest_fuzz", "rest_roles", "rest_abuse", "httpserver"))
@@ -41,6 +42,7 @@ GROUPS = (
     Group("store", "kill -9, power cuts, full and failing disks, damage, backups", STORE),
     Group("api", "made-up requests, every credential, clients that mean ill", API),
     Group("processes", "real masters and agents, killed at each step", PROCESSES, False),
+    Group("ceph", "guests and disks in a real Ceph", CEPH, False),
     Group("guests", "real guests: start, migrate, failover, power cuts", ("tests/faults",), False),
 )
 

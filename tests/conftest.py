@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from ceph_support import ceph  # noqa: F401 - a fixture for all
+
 #: They start labs and guests and mostly wait for them: two at a time is what two processors bear.
 HEAVY = ("tests/integration/", "tests/faults/")
 

@@ -1,4 +1,4 @@
-"""What every storage driver must do alike: the pool half's contract, on real files."""
+"""What every storage driver must do alike: the pool half's contract, on real files and on a real Ceph."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from atoll.model.messages import PoolRef
 from atoll.storage import registry
 from atoll.storage.contract import PoolDriver, VolumeSpec
 from atoll.storage.files import images, locks
+from ceph_support import Ceph
 
+#: Drivers whose images are files: they keep a contract of their own beside the one of all.
+FILES = [d.name for d in registry.drivers() if any(option.name == "path" for option in d.options)]
 VOLUME, OTHER = "vol-" + "1" * 17, "vol-" + "2" * 17
 MIB = 1 << 20
 
@@ -35,9 +38,23 @@ class Place:
         return registry.pool(self.ref.model_copy(update=changes))
 
 
-@pytest.fixture(params=[d.name for d in registry.drivers()])
+class CephPlace(Place):
+    """A prepared pool in a Ceph pool of its own."""
+
+    def __init__(self, ceph: Ceph) -> None:
+        self.ref = ceph.namespace_ref()
+        self.pool = registry.pool(self.ref)
+        self.pool.prepare(create=True)
+
+
+@pytest.fixture(params=FILES)
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     return Place(request.param, tmp_path)
+
+
+@pytest.fixture(params=[d.name for d in registry.drivers()])
+def anyplace(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    return Place(request.param, tmp_path) if request.param in FILES else CephPlace(request.getfixturevalue("ceph"))
 
 
 @pytest.fixture
@@ -50,15 +67,15 @@ def writer(place: Place) -> Iterator[str]:
     os.close(fd)
 
 
-def test_every_driver_keeps_the_contract(place: Place) -> None:
-    assert isinstance(place.pool, PoolDriver)
+def test_every_driver_keeps_the_contract(anyplace: Place) -> None:
+    assert isinstance(anyplace.pool, PoolDriver)
 
 
-def test_prepare_is_idempotent_and_refuses_another_pools_directory(place: Place) -> None:
-    assert place.pool.prepare(create=True).ok
-    assert place.pool.prepare(create=False).ok
+def test_prepare_is_idempotent_and_refuses_another_pools_directory(anyplace: Place) -> None:
+    assert anyplace.pool.prepare(create=True).ok
+    assert anyplace.pool.prepare(create=False).ok
     with pytest.raises(Conflict, match="belongs to pool a"):
-        place.other(id="pool-b").prepare(create=True)
+        anyplace.other(id="pool-b").prepare(create=True)
 
 
 def test_without_its_mark_a_directory_is_not_the_pool(place: Place) -> None:
@@ -91,23 +108,27 @@ def test_forget_removes_the_mark_only(place: Place) -> None:
     assert not (place.directory / ".atoll-pool").exists()
 
 
-def test_create_is_idempotent_and_sparse(place: Place) -> None:
-    logical_id = place.make(size=64 * MIB)
-    assert place.make(size=64 * MIB) == logical_id
-    stat = place.pool.stat(logical_id)
+def test_create_is_idempotent_and_sparse(anyplace: Place) -> None:
+    logical_id = anyplace.make(size=64 * MIB)
+    assert anyplace.make(size=64 * MIB) == logical_id
+    stat = anyplace.pool.stat(logical_id)
     assert stat is not None
     assert (stat.size, stat.volume) == (64 * MIB, VOLUME)
     assert stat.allocated < MIB
+    assert [(v.logical_id, v.size, v.volume) for v in anyplace.pool.volumes()] == [(logical_id, 64 * MIB, VOLUME)]
     with pytest.raises(Conflict):
-        place.make(size=32 * MIB)
-    assert (place.directory / logical_id).stat().st_mode & 0o777 == 0o660
+        anyplace.make(size=32 * MIB)
+
+
+def test_images_are_for_the_guests_user(place: Place) -> None:
+    assert (place.directory / place.make()).stat().st_mode & 0o777 == 0o660
 
 
 @pytest.mark.parametrize("size", [0, -1, (1 << 60) + 512])
-def test_impossible_sizes_leave_nothing(place: Place, size: int) -> None:
+def test_impossible_sizes_leave_nothing(anyplace: Place, size: int) -> None:
     with pytest.raises(InvalidSize):
-        place.make(size=size)
-    assert place.pool.volumes() == []
+        anyplace.make(size=size)
+    assert anyplace.pool.volumes() == []
 
 
 @pytest.mark.parametrize("preallocation", ["falloc", "full"])
@@ -136,11 +157,11 @@ def test_an_image_is_durable_before_it_has_its_name(place: Place, monkeypatch: p
     assert done == ["fsync", "rename", "fsync"]
 
 
-def test_delete_is_idempotent(place: Place) -> None:
-    logical_id = place.make()
-    place.pool.delete(logical_id)
-    place.pool.delete(logical_id)
-    assert place.pool.stat(logical_id) is None
+def test_delete_is_idempotent(anyplace: Place) -> None:
+    logical_id = anyplace.make()
+    anyplace.pool.delete(logical_id)
+    anyplace.pool.delete(logical_id)
+    assert anyplace.pool.stat(logical_id) is None
 
 
 def test_what_a_guest_writes_is_seen_and_kept(place: Place, writer: str) -> None:
@@ -154,8 +175,8 @@ def test_what_a_guest_writes_is_seen_and_kept(place: Place, writer: str) -> None
     assert place.pool.grow(writer, 2 * MIB) == 2 * MIB
 
 
-def test_without_a_writer_nobody_is_seen(place: Place) -> None:
-    assert place.pool.writers(place.make()) == []
+def test_without_a_writer_nobody_is_seen(anyplace: Place) -> None:
+    assert anyplace.pool.writers(anyplace.make()) == []
 
 
 def test_locking_off_sees_nobody(place: Place, writer: str) -> None:
@@ -164,32 +185,33 @@ def test_locking_off_sees_nobody(place: Place, writer: str) -> None:
     assert not blind.probe_writers("look")
 
 
-def test_the_probe_sees_its_lock_come_and_go(place: Place) -> None:
-    assert not place.pool.probe_writers("look")
-    assert place.pool.probe_writers("hold")
-    assert place.pool.probe_writers("look")
-    assert place.pool.probe_writers("drop")
-    assert not place.pool.probe_writers("look")
+def test_the_probe_sees_its_lock_come_and_go(anyplace: Place) -> None:
+    assert not anyplace.pool.probe_writers("look")
+    assert anyplace.pool.probe_writers("hold")
+    assert anyplace.pool.probe_writers("look")
+    assert anyplace.pool.probe_writers("drop")
+    assert not anyplace.pool.probe_writers("look")
 
 
-def test_grow_never_shrinks(place: Place) -> None:
-    logical_id = place.make()
-    assert place.pool.grow(logical_id, 3 * MIB) == 3 * MIB
-    assert place.pool.grow(logical_id, 3 * MIB) == 3 * MIB
+def test_grow_never_shrinks(anyplace: Place) -> None:
+    logical_id = anyplace.make()
+    assert anyplace.pool.grow(logical_id, 3 * MIB) == 3 * MIB
+    assert anyplace.pool.grow(logical_id, 3 * MIB) == 3 * MIB
     with pytest.raises(ShrinkRefused):
-        place.pool.grow(logical_id, MIB)
+        anyplace.pool.grow(logical_id, MIB)
     with pytest.raises(NotFound):
-        place.pool.grow("nothing.raw", MIB)
+        anyplace.pool.grow("nothing.raw", MIB)
 
 
-def test_rename_follows_the_volume_and_repeats(place: Place) -> None:
-    old = place.make()
-    new = place.pool.rename(old, VOLUME, "db")
-    assert new == f"db.{VOLUME}.raw"
-    assert place.pool.rename(old, VOLUME, "db") == new
-    assert place.pool.rename("", VOLUME, "web") == old
+def test_rename_follows_the_volume_and_repeats(anyplace: Place) -> None:
+    old = anyplace.make()
+    new = anyplace.pool.rename(old, VOLUME, "db")
+    assert new.startswith(f"db.{VOLUME}")
+    assert anyplace.pool.rename(old, VOLUME, "db") == new
+    assert anyplace.pool.rename("", VOLUME, "web") == old
+    assert [v.logical_id for v in anyplace.pool.volumes()] == [old]
     with pytest.raises(NotFound):
-        place.pool.rename("x", OTHER, "db")
+        anyplace.pool.rename("x", OTHER, "db")
 
 
 def test_other_peoples_files_are_left_alone(place: Place) -> None:
@@ -222,8 +244,8 @@ def test_what_cannot_be_adopted(place: Place) -> None:
 
 
 @pytest.mark.parametrize("name", ["../escape", "a/b", "", ".atoll-pool", "/etc/passwd"])
-def test_logical_ids_are_plain_names(place: Place, name: str) -> None:
-    for call in (place.pool.stat, place.pool.delete, lambda n: place.pool.grow(n, MIB)):
+def test_logical_ids_are_plain_names(anyplace: Place, name: str) -> None:
+    for call in (anyplace.pool.stat, anyplace.pool.delete, lambda n: anyplace.pool.grow(n, MIB)):
         with pytest.raises(InvalidInput):
             call(name)
 
@@ -315,10 +337,10 @@ def test_the_mirror_stays_in_its_directory(tmp_path: Path) -> None:
     assert list((tmp_path / "outside").iterdir()) == []
 
 
-def test_others_keep_no_second_copy(place: Place) -> None:
-    if place.ref.driver != "fakemirror":
+def test_others_keep_no_second_copy(anyplace: Place) -> None:
+    if anyplace.ref.driver != "fakemirror":
         with pytest.raises(NotSupported):
-            place.pool.sync("x", "node1", "node2")
+            anyplace.pool.sync("x", "node1", "node2")
 
 
 def test_space_is_the_file_systems(place: Place) -> None:

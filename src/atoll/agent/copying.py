@@ -34,20 +34,29 @@ class CopyOrders:
         stat = await self._storage.pool(ref, "stat", QUICK, logical_id=args["logical_id"])
         if stat is None:
             raise HostError(f"there is no image {args['logical_id']} to copy", hint="atoll cluster verify")
-        connection = Connection(
-            **await self._storage.pool(ref, "connection", QUICK, logical_id=args["logical_id"], volume=args["volume"], size=stat["size"])
-        )
+        name = {"logical_id": args["logical_id"], "volume": args["volume"]}
+        connection = Connection(**await self._storage.pool(ref, "connection", QUICK, **name, size=stat["size"], node=ref.node))
         found = await self._storage.connector(
             ref.id, connection.driver, "attach", QUICK, connection=connection.model_dump(mode="json"), access="userspace"
         )
         direct = bool(((found.get("blockdev") or {}).get("cache") or {}).get("direct"))
-        return copy.Image(str(found["path"]), direct, sparse=stat["allocated"] < stat["size"])
+        sparse = stat["allocated"] < stat["size"]
+        if found["path"] is None:
+            return copy.Image("", direct, sparse, found["blockdev"], found["secrets"])
+        return copy.Image(str(found["path"]), direct, sparse)
+
+    async def close(self, args: dict[str, Any]) -> None:
+        """The image has been opened, or is no longer needed: nothing of it stays on this node."""
+        ref = PoolRef(**args["ref"])
+        connection = Connection(driver=ref.driver, volume=args["volume"], size=0, data={"pool": args["ref"]})
+        await self._storage.connector(ref.id, ref.driver, "detach", QUICK, connection=connection.model_dump(mode="json"))
 
     async def serve(self, args: dict[str, Any], report: Report) -> Any:
         """Serve the image to the peer; the port."""
         run_dir = self.directory(args["volume"])
         await copy.unserve(run_dir)
         port, _ = await copy.serve(await self.image(args), self._address, self._tls_dir, args["peer"], run_dir)
+        await self.close(args)
         return port
 
     async def unserve(self, args: dict[str, Any], report: Report) -> Any:

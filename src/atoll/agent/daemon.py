@@ -65,7 +65,7 @@ async def run(config: Config, path: str = "") -> None:
     config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     lock = lock_exclusively(config.state_dir / "agent.lock")
-    storage = StorageHost(guest_user=config.guest_user)
+    storage = StorageHost(guest_user=config.guest_user, run_dir=str(config.run_dir))
     memory = Memory(open_database(config.state_dir / "agent.db"), certs.owner((config.tls_dir / "cert.pem").read_text()))
     copying = CopyOrders(storage, config.tls_dir, config.run_dir, config.address)
     looks = LookOrders(config, storage, path)

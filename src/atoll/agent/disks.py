@@ -10,7 +10,7 @@ from typing import Any
 
 from atoll.agent.memory import Memory
 from atoll.agent.service import Handler
-from atoll.model.errors import AtollError, PoolUnavailable, StaleGeneration
+from atoll.model.errors import AtollError, InvalidInput, PoolUnavailable, StaleGeneration
 from atoll.model.messages import Attached, Connection, PoolRef, Progress
 from atoll.rpc.contract import Report
 from atoll.storage import registry
@@ -136,6 +136,8 @@ class StorageOrders:
         handlers["pool.unprepare"] = self.unprepare
         handlers["volume.uncreate"] = self.uncreate
         handlers["disks.connect"] = self.connect
+        handlers["disks.note"] = self.note
+        handlers["disks.revoke"] = self.revoke
         handlers["disks.activate"] = self.activate
         handlers["disks.deactivate"] = self.deactivate
         handlers["disks.mapped"] = self.mapped
@@ -150,10 +152,11 @@ class StorageOrders:
         return handler
 
     async def unprepare(self, args: dict[str, Any], report: Report) -> Any:
-        """The undo of a preparation: where the storage is not there, nothing was marked, and nothing is to be taken back."""
+        """The undo of a preparation: where the storage is not there, or the options name none, nothing was marked, and nothing is to be
+        taken back."""
         try:
             await self._storage.pool(PoolRef(**args["ref"]), "forget", QUICK)
-        except PoolUnavailable as error:
+        except (InvalidInput, PoolUnavailable) as error:
             report(Progress(text=f"nothing to take back: {error.message}"))
 
     async def uncreate(self, args: dict[str, Any], report: Report) -> Any:
@@ -161,6 +164,9 @@ class StorageOrders:
         ref = PoolRef(**args["ref"])
         for stat in await self._storage.pool(ref, "volumes", QUICK):
             if stat["volume"] == args["volume"]:
+                if registry.info(ref.driver).fencing and stat["size"]:
+                    # What filled it may have been killed; nobody else ever knew of it.
+                    await self._storage.pool(ref, "fence", QUICK, logical_id=stat["logical_id"], whom="all", volume=args["volume"])
                 await self._storage.pool(ref, "delete", QUICK, logical_id=stat["logical_id"])
         return None
 
@@ -169,16 +175,40 @@ class StorageOrders:
 
         async def one(disk: dict[str, Any]) -> dict[str, Any]:
             ref = PoolRef(**disk["ref"])
+            name = {"logical_id": disk["logical_id"]}
             found: dict[str, Any] = {"volume": disk["volume"], "pool": ref.id}
-            found["stat"] = await self._storage.pool(ref, "stat", QUICK, logical_id=disk["logical_id"])
+            found["stat"] = await self._storage.pool(ref, "stat", QUICK, **name)
             if found["stat"] is not None:
+                if disk.get("fence"):
+                    out = await self._storage.pool(ref, "fence", QUICK, **name, whom=disk["fence"], volume=disk["volume"])
+                    if out:
+                        report(Progress(text=f"shut out of {disk['volume']}: {', '.join(out)}"))
                 found["writers"] = await self._writers(ref, disk["logical_id"], args.get("patience", 0.0))
+                if disk.get("fence") and not found["writers"]:
+                    # Who has died without a word has left his lock.
+                    await self._storage.pool(ref, "fence", QUICK, **name, whom="none")
                 found["connection"] = await self._storage.pool(
-                    ref, "connection", QUICK, logical_id=disk["logical_id"], volume=disk["volume"], size=disk["size"]
+                    ref, "connection", QUICK, **name, volume=disk["volume"], size=disk["size"], node=disk.get("node", "")
                 )
             return found
 
         return list(await asyncio.gather(*(one(disk) for disk in args["disks"])))
+
+    async def note(self, args: dict[str, Any], report: Report) -> Any:
+        """Let the storage remember who has disks open now. It is only the sooner believed of them that they are gone: so it may fail."""
+        for disk in args["disks"]:
+            try:
+                await self._storage.pool(PoolRef(**disk["ref"]), "note", QUICK, logical_id=disk["logical_id"])
+            except AtollError as error:
+                report(Progress(text=f"{disk['volume']}: {error.message}"))
+
+    async def revoke(self, args: dict[str, Any], report: Report) -> Any:
+        """Take a node's rights for disks that it has let go. The next start does so too, before it: so it may fail."""
+        for disk in args["disks"]:
+            try:
+                await self._storage.pool(PoolRef(**disk["ref"]), "revoke", QUICK, volume=disk["volume"], node=args["node"])
+            except AtollError as error:
+                report(Progress(text=f"{disk['volume']}: {error.message}"))
 
     async def _writers(self, ref: PoolRef, logical_id: str, patience: float) -> Any:
         """Who writes it, after waiting up to ``patience`` seconds for them to go: a dead client's locks end with its lease."""

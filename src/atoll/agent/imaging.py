@@ -50,6 +50,7 @@ class ImageOrders:
         with sources.opened(args["path"]) as fd:
             sources.look(fd, args["path"], args["format"])
             await copy.convert(sources.as_qemu(fd, args["format"]), target, report, _LONG, inherit=(fd,))
+        await self._copies.close(args)
 
     async def push(self, args: dict[str, Any], report: Report) -> Any:
         """Copy the image into the volume that the peer serves."""

@@ -59,3 +59,4 @@ class SeedOrders:
             await copy.convert(sources.as_qemu(fd, "raw"), target, report, _DEADLINE, inherit=(fd,))
         finally:
             os.close(fd)
+        await self._copies.close(args)

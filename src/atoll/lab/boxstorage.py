@@ -229,7 +229,7 @@ class BoxStorage:
         volume = self._find(ref, logical_id)["volume"]
         self._disks.copy(volume, primary, secondary)
 
-    def _connection(self, ref: PoolRef, logical_id: str, volume: str, size: int) -> Any:
+    def _connection(self, ref: PoolRef, logical_id: str, volume: str, size: int, node: str = "") -> Any:
         self._find(ref, logical_id)
         return {"driver": ref.driver, "volume": volume, "size": size, "data": {"logical_id": logical_id}}
 

@@ -57,7 +57,7 @@ class SpaceMonitor:
     def _places(self) -> list[tuple[Pool, Node]]:
         found = []
         for pool in self._state.store.all(Pool):
-            nodes = [n for n in self._state.store.all(Node) if n.group in pool.groups and self._state.health.alive(n.id)]
+            nodes = [n for n in self._state.managers(self._state.driver(pool), pool.groups) if self._state.health.alive(n.id)]
             # Its agent asks storage that is silent, and says when it answers.
             nodes = [n for n in nodes if not self._state.stalled(pool, n)]
             found += [(pool, node) for node in (nodes if self._state.driver(pool).node_local else nodes[:1])]

@@ -99,7 +99,7 @@ class StorageFindings:
     async def _pool(self, pool: Pool) -> list[Finding]:
         state = self._state
         local = state.driver(pool).node_local
-        nodes = [n for n in state.store.all(Node) if n.group in pool.groups and state.health.alive(n.id) and not n.offline]
+        nodes = [n for n in state.managers(state.driver(pool), pool.groups) if state.health.alive(n.id) and not n.offline]
         # Those where it is stalled are told of already, and an answer from there would have to be waited for in vain.
         silent = [n for n in nodes if state.stalled(pool, n)]
         nodes, patience = [n for n in nodes if n not in silent], IMPATIENCE if silent else PATIENCE

@@ -145,11 +145,13 @@ class Connection(Wire):
 
 class Attached(Wire):
     """A volume made usable on a node: a path (block device or file), and/or QEMU's protocol-level blockdev options
-    (a dict without node-name, such as ``{"driver": "file", "filename": ...}``)."""
+    (a dict without node-name, such as ``{"driver": "file", "filename": ...}``). ``secrets``: names that those options refer to, and the
+    files (in memory, the guests' user's) that hold the secrets in base64."""
 
     volume: str
     path: str | None = None
     blockdev: dict[str, Any] | None = None
+    secrets: dict[str, str] = Field(default_factory=dict)
 
 
 # --- guests ---

@@ -18,7 +18,19 @@ from atoll.operations.instance_power import instance_locks
 from atoll.operations.making import delete_image, make_volume, mark_deleting, plan_volume
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import ActivateDisks, AddDisk, AttachDisk, DetachDisk, GrowDisk
-from atoll.operations.running import access_of, activate_on, attached, check_connections, check_runs, detached, free_claim
+from atoll.operations.running import (
+    access_of,
+    activate_on,
+    attached,
+    check_connections,
+    check_runs,
+    connecting,
+    detached,
+    free_claim,
+    note_writers,
+    revoke_rights,
+    undo_rights,
+)
 from atoll.operations.state import State
 from atoll.operations.volumes import grow_image, new_size
 from atoll.storage.contract import Mirroring
@@ -114,6 +126,7 @@ async def plug_volume(job: JobContext, instance: str, volume: str, mode: str) ->
     back = {"instance": instance, "volume": volume, "timeout": 20.0, "even_ended": True}
     undo = Undo("guest.unplug", back, node=node, dies=True)
     await job.call("plug", node, "guest.plug", args, undo=undo)
+    await note_writers(job, instance, node)
 
 
 async def _plug_args(
@@ -144,11 +157,17 @@ async def connect_disks_of(job: JobContext, instance: str, node: str, volume: st
         worker = state.pool_node(pool, prefer=node, owner=found.node)
         ref = state.ref(pool, worker).model_dump(mode="json")
         disk = {"ref": ref, "volume": volume, "logical_id": found.logical_id, "size": found.size}
+        # A free volume is nobody's: whoever was noted as its writer has let go of it, or is proved gone.
+        disk |= connecting(state, pool, node, "" if expect_writer else "known")
         return {"worker": worker.id, "disk": disk, "access": access_of(state, pool)}
 
     found = await job.read("volume to connect", plan)
     accept = partial(check_connections, expect_writer=expect_writer)
-    answer = (await job.look("connect the volume", found["worker"], "disks.connect", {"disks": [found["disk"]]}, accept=accept))[0]
+    if not expect_writer:
+        await undo_rights(job, found["worker"], [found["disk"]])
+    answer = (
+        await job.look("connect the volume", found["worker"], "disks.connect", {"disks": [found["disk"]]}, accept=accept, deadline=100.0)
+    )[0]
     return {"pool": answer["pool"], "connection": answer["connection"], "access": found["access"]}
 
 
@@ -281,6 +300,8 @@ async def _unplug(job: JobContext, request: dict[str, Any]) -> None:
         undo = Undo("guest.plug", {**back, "even_ended": True}, node=node, dies=True)
         await job.call("unplug", node, "guest.unplug", args, undo=undo, deadline=request["timeout"] + 30.0)
     await job.commit()
+    if node:
+        await revoke_rights(job, request["id"], node, volume=request["volume"])
     await job.write("drop the disk", lambda: _drop_disk(job.state, {"instance": request["id"], "volume": request["volume"]}))
 
 

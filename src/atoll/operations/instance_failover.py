@@ -10,7 +10,7 @@ from atoll.model.errors import InvalidInput, NodeAnswers, NotMobile, WrongState
 from atoll.model.objects import Instance, Node, Pool, Volume
 from atoll.operations.common import PlacementView, check_pool_open, check_usable, frozen, needs_of
 from atoll.operations.instance_migrate import migrate
-from atoll.operations.instance_power import bring_claim, instance_locks, plan_start, proof_of_death
+from atoll.operations.instance_power import after_proof, bring_claim, instance_locks, plan_start, proof_of_death
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import InstanceFailover, InstanceMove
 from atoll.operations.running import check_connections, check_runs, connect_disks, start_on, stop_on
@@ -69,7 +69,7 @@ async def _run_failover(job: JobContext, request: dict[str, Any]) -> Any:
         job.progress(5, "making sure that it runs nowhere")
         await bring_claim(job, instance, plan)
     job.progress(50, "starting the guest")
-    await start_on(job, instance, plan["node"], patience=20.0 if plan["proof"] else 0.0)
+    await start_on(job, instance, plan["node"], **after_proof(plan))
     name = await job.read("node name", lambda: job.state.store.require(Node, plan["node"]).name)
     return {"instance": instance, "node": name}
 
@@ -189,7 +189,7 @@ async def _drop_copies(job: JobContext, plan: dict[str, Any]) -> None:
 
 async def _move_running(job: JobContext, instance: str, plan: dict[str, Any], new_ids: dict[str, str]) -> Any:
     """Alive: the hypervisor mirrors the disks while it moves the memory."""
-    shared = await connect_disks(job, instance, plan["source"], suffix=" (source)", expect_writer=True)
+    shared = await connect_disks(job, instance, plan["target"], suffix=" (shared)", expect_writer=True)
     moved = {copy["volume"]: copy for copy in plan["copies"]}
     disks = [disk for disk in shared if disk["connection"]["volume"] not in moved]
     request = [

@@ -26,7 +26,7 @@ from atoll.operations.common import PlacementView, frozen, needs_of
 from atoll.operations.instance_power import instance_locks
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import InstanceMigrate
-from atoll.operations.running import as_primary, check_runs, connect_disks, guest_spec, start_on, sync_copies
+from atoll.operations.running import as_primary, check_runs, connect_disks, guest_spec, note_writers, revoke_rights, start_on, sync_copies
 from atoll.operations.state import State
 from atoll.placement.choose import choose
 
@@ -119,6 +119,7 @@ async def migrate(
         deadline=60.0,
         span=(3.0, 8.0),
     )
+    await note_writers(job, instance, target)
     await job.call(
         "move the memory",
         source,
@@ -164,10 +165,12 @@ async def settle(job: JobContext, instance: str, plan: dict[str, Any], copied: b
     if decided["verdict"] == "source":
         args = {"instance": instance, "generation": generation, "grace": 0.0}
         await _call_unless_dead(job, "kill the target", target, "guest.stop", args)
+        await revoke_rights(job, instance, target)
         raise Settled(MigrationFailed(f"the guest runs on at {plan['source_name']}: the migration did not complete"))
     if decided["verdict"] == "target" and await _resume_target(job, instance, plan, copied):
         args = {"instance": instance, "generation": generation - 1, "grace": 0.0}
         await _call_unless_dead(job, "clear away the source", source, "guest.stop", args)
+        await revoke_rights(job, instance, source)
         await job.write("record home", lambda: Changes(put=_home(job, instance, target)))
         return {"instance": instance, "node": plan["target_name"], **decided["figures"]}
     return await _cold_start(job, instance, plan)
@@ -298,7 +301,7 @@ async def _cold_start(job: JobContext, instance: str, plan: dict[str, Any]) -> d
         return choose(PlacementView(state), needs_of(state, found)).id
 
     node = await job.read("cold start where", where)
-    await start_on(job, instance, node, suffix=" (cold)", patience=20.0)
+    await start_on(job, instance, node, suffix=" (cold)", patience=20.0, fence="all")
     name = await job.read("cold start name", lambda: job.state.store.require(Node, node).name)
     return {"instance": instance, "node": name, "cold_start": True}
 

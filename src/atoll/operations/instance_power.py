@@ -11,7 +11,7 @@ from atoll.model.objects import Claim, DeathProof, Instance, Node, Pool, Writers
 from atoll.operations.common import PlacementView, frozen, locks, needs_of
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import InstanceReboot, InstanceStart, InstanceStop, Nothing
-from atoll.operations.running import check_runs, release_from, start_on, stop_on
+from atoll.operations.running import PATIENCE, check_runs, release_from, start_on, stop_on
 from atoll.operations.state import State
 from atoll.placement.choose import choose
 
@@ -129,6 +129,11 @@ async def bring_claim(job: JobContext, instance: str, plan: dict[str, Any]) -> N
         await release_from(job, instance, plan["release"])
 
 
+def after_proof(plan: dict[str, Any]) -> dict[str, Any]:
+    """How to start where a person's word has freed the claim: the guest may still live, cut off, so that everybody is shut out."""
+    return {"patience": PATIENCE, "fence": "all"} if plan["proof"] else {}
+
+
 def _prepare_start(state: State, target: str, request: InstanceStart) -> Prepared:
     instance = state.store.find(Instance, target)
     if instance.desired == "running" and state.claim(instance.id).holder and not request.node_is_dead:
@@ -161,7 +166,7 @@ async def _run_start(job: JobContext, request: dict[str, Any]) -> Any:
         await bring_claim(job, request["id"], plan)
     except InUse as error:
         raise WrongState(f"the instance runs already: {error.message}", hint="atoll instance list") from error
-    await start_on(job, request["id"], plan["node"], patience=20.0 if plan["proof"] else 0.0)
+    await start_on(job, request["id"], plan["node"], **after_proof(plan))
     return {"instance": request["id"], "node": plan["node"]}
 
 

@@ -33,9 +33,9 @@ def check_options(driver: DriverInfo, given: dict[str, str], defaults: dict[str,
     return result
 
 
-def _members(state: State, groups: list[str] | tuple[str, ...]) -> list[Node]:
-    """The nodes of these groups that take part: all that are not offline."""
-    return [n for n in state.store.all(Node) if n.group in groups and not n.offline]
+def _members(state: State, driver: DriverInfo, groups: list[str] | tuple[str, ...]) -> list[Node]:
+    """The nodes of these groups that take part: all that are not offline, and have the driver's credential if there is one."""
+    return [n for n in state.managers(driver, groups) if not n.offline]
 
 
 def _prepare_add(state: State, target: str, request: PoolAdd) -> Prepared:
@@ -45,7 +45,7 @@ def _prepare_add(state: State, target: str, request: PoolAdd) -> Prepared:
         raise InvalidInput(f"{request.name!r} is the name of a driver", hint="choose another name for the pool")
     options = check_options(driver, request.options, state.cluster.driver_options.get(driver.name, {}))
     groups = [state.store.find(Group, g) for g in request.groups] or state.store.all(Group)
-    silent = [n.name for n in _members(state, [g.id for g in groups]) if not state.health.alive(n.id)]
+    silent = [n.name for n in _members(state, driver, [g.id for g in groups]) if not state.health.alive(n.id)]
     if silent:
         raise NodeUnavailable(
             f"node {', '.join(silent)} does not answer, so the pool cannot be prepared there", hint="atoll node modify NODE --offline yes"
@@ -81,10 +81,12 @@ async def prepare_on_nodes(job: JobContext, pool: str, ref: dict[str, Any], node
 
 async def measure_writers(job: JobContext, ref: dict[str, Any], nodes: list[tuple[str, str]], *, suffix: str = "") -> str:
     """Does a lock that one node takes show on another, and go when it is dropped? ``none`` unless it was seen."""
-    local = drivers.info(ref["driver"]).node_local
-    if not nodes or (not local and len(nodes) < 2):
+    driver = drivers.info(ref["driver"])
+    # A lock that a service keeps is seen alike from everywhere.
+    alone = driver.node_local or (driver.runs_on == "controllers" and len(nodes) == 1)
+    if not nodes or (not alone and len(nodes) < 2):
         return str(Writers.NONE)
-    holder, looker = nodes[0], nodes[0] if local else nodes[1]
+    holder, looker = nodes[0], nodes[0] if alone else nodes[1]
     there, here = {**ref, "node": holder[1]}, {**ref, "node": looker[1]}
 
     async def probe(key: str, node: tuple[str, str], at: dict[str, Any], action: str, undo: Undo | None = None) -> bool:
@@ -103,7 +105,7 @@ async def _run_add(job: JobContext, request: dict[str, Any]) -> Any:
         state: State = job.state
         ident = new_id("pool", state.rng)
         ref = PoolRef(id=ident, name=request["name"], driver=request["driver"], options=request["options"], cluster=state.identity)
-        nodes = [(n.id, n.name) for n in _members(state, request["groups"])]
+        nodes = [(n.id, n.name) for n in _members(state, drivers.info(request["driver"]), request["groups"])]
         return {"pool": ident, "ref": ref.model_dump(mode="json"), "nodes": nodes}
 
     decided = await job.read("plan", plan)
@@ -142,7 +144,7 @@ async def _run_remove(job: JobContext, request: dict[str, Any]) -> Any:
     def plan() -> dict[str, Any]:
         state: State = job.state
         pool = state.store.require(Pool, request["id"])
-        nodes = [n for n in _members(state, pool.groups) if state.health.alive(n.id)]
+        nodes = [n for n in _members(state, state.driver(pool), pool.groups) if state.health.alive(n.id)]
         if not state.driver(pool).node_local:
             nodes = nodes[:1]
         return {"nodes": [(n.id, n.name, state.ref(pool, n).model_dump(mode="json")) for n in nodes]}
@@ -182,7 +184,7 @@ async def _run_connect(job: JobContext, request: dict[str, Any]) -> Any:
         state: State = job.state
         pool = state.store.require(Pool, request["id"])
         ref = PoolRef(id=pool.id, name=pool.name, driver=pool.driver, options=pool.options, cluster=state.identity)
-        nodes = [(n.id, n.name) for n in _members(state, [request["group"]])]
+        nodes = [(n.id, n.name) for n in _members(state, state.driver(pool), [request["group"]])]
         return {"ref": ref.model_dump(mode="json"), "nodes": nodes}
 
     decided = await job.read("plan", plan)
@@ -238,7 +240,7 @@ async def _run_check(job: JobContext, request: dict[str, Any]) -> Any:
     def plan() -> dict[str, Any]:
         state: State = job.state
         pool = state.store.require(Pool, request["id"])
-        nodes = _members(state, pool.groups)
+        nodes = _members(state, state.driver(pool), pool.groups)
         return {
             "ref": state.ref(pool, nodes[0]).model_dump(mode="json") if nodes else {},
             "nodes": [(n.id, n.name) for n in nodes if state.health.alive(n.id)],

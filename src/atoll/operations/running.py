@@ -41,18 +41,22 @@ def guest_spec(state: State, instance: Instance, generation: int) -> dict[str, A
     return spec.model_dump(mode="json")
 
 
-def connect_plan(state: State, instance: Instance, node: str) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Which pool halves must be asked for the disks' connections: (node, disks) pairs."""
+def connect_plan(state: State, instance: Instance, node: str, fence: str = "") -> list[tuple[str, list[dict[str, Any]]]]:
+    """Which pool halves must be asked for the disks' connections: (node, disks) pairs. ``fence``: see ``connect_disks``."""
     found: dict[str, list[dict[str, Any]]] = {}
     for _, volume in state.volumes_of(instance):
         pool = state.store.require(Pool, volume.pool)
         owner = node if volume.node and node in (volume.node, volume.secondary) else volume.node
         worker = state.pool_node(pool, prefer=node, owner=owner)
         ref = state.ref(pool, worker).model_dump(mode="json")
-        found.setdefault(worker.id, []).append(
-            {"ref": ref, "volume": volume.id, "logical_id": volume.logical_id, "size": volume.size, "access": access_of(state, pool)}
-        )
+        disk = {"ref": ref, "volume": volume.id, "logical_id": volume.logical_id, "size": volume.size, "access": access_of(state, pool)}
+        found.setdefault(worker.id, []).append({**disk, **connecting(state, pool, node, fence)})
     return sorted(found.items())
+
+
+def connecting(state: State, pool: Pool, node: str, fence: str) -> dict[str, Any]:
+    """What else the pool half is told of a disk that shall be used on ``node``, where the storage can shut writers out."""
+    return {"node": state.store.require(Node, node).name, "fence": fence} if state.driver(pool).fencing else {}
 
 
 def check_connections(answer: list[dict[str, Any]], *, expect_writer: bool = False) -> None:
@@ -68,27 +72,73 @@ def check_connections(answer: list[dict[str, Any]], *, expect_writer: bool = Fal
 
 
 async def connect_disks(
-    job: JobContext, instance: str, node: str, *, suffix: str = "", expect_writer: bool = False, patience: float = 0.0
+    job: JobContext,
+    instance: str,
+    node: str,
+    *,
+    suffix: str = "",
+    expect_writer: bool = False,
+    patience: float = 0.0,
+    fence: str = "",
 ) -> list[dict[str, Any]]:
     """The connections of all disks, for a guest on ``node``; refuses a disk that somebody writes (but for a migration's source).
 
+    ``fence``: whom storage that can do so shuts out first: ``known``, the instance's own earlier guests, which are proved gone; or
+    ``all``, whoever has them open, because the node where the guest was cannot be asked.
     Errors: DiskInUse, NotFound (an image is missing), PoolUnavailable.
     """
-    plan = await job.read(f"disks to connect{suffix}", lambda: connect_plan(job.state, job.state.store.require(Instance, instance), node))
+    plan = await job.read(
+        f"disks to connect{suffix}", lambda: connect_plan(job.state, job.state.store.require(Instance, instance), node, fence)
+    )
     ready = []
     for worker, disks in plan:
+        await undo_rights(job, worker, disks, suffix=suffix)
         answer = await job.look(
             f"connect disks at {worker}{suffix}",
             worker,
             "disks.connect",
             {"disks": disks, "patience": patience},
             accept=partial(check_connections, expect_writer=expect_writer),
-            deadline=60 + patience,
+            deadline=100 + patience,
         )
         access = {disk["volume"]: disk["access"] for disk in disks}
         for found in answer:
             ready.append({"pool": found["pool"], "connection": found["connection"], "access": access[found["volume"]]})
     return ready
+
+
+async def undo_rights(job: JobContext, worker: str, disks: list[dict[str, Any]], *, suffix: str = "") -> None:
+    """Before a node gets rights for disks: from here on, the job's undo takes them again."""
+    given = [disk for disk in disks if "node" in disk]
+    if given:
+        undo = Undo("disks.revoke", {"disks": given, "node": given[0]["node"]}, node=worker, dies=True)
+        await job.write(f"rights for disks by {worker}{suffix}", Changes, undo)
+
+
+async def note_writers(job: JobContext, instance: str, node: str, *, suffix: str = "") -> None:
+    """Let storage that can shut writers out remember the guest's clients: once its claim has left the node, they are shut out by name."""
+
+    def plan() -> list[tuple[str, list[dict[str, Any]]]]:
+        state: State = job.state
+        found = connect_plan(state, state.store.require(Instance, instance), node)
+        return [(worker, kept) for worker, disks in found if (kept := [d for d in disks if "node" in d])]
+
+    for worker, disks in await job.read(f"disks to note{suffix}", plan):
+        await job.call(f"note who writes at {worker}{suffix}", worker, "disks.note", {"disks": disks}, deadline=60.0)
+
+
+async def revoke_rights(job: JobContext, instance: str, node: str, *, volume: str = "", suffix: str = "") -> None:
+    """Take the rights that the node had for the instance's disks (or one volume), where storage gives nodes rights of their own. The
+    guest there has ended, or has let go of the disk. What cannot be asked now takes them before the next start: it may fail."""
+
+    def plan() -> list[tuple[str, list[dict[str, Any]]]]:
+        state: State = job.state
+        disks = connect_plan(state, state.store.require(Instance, instance), node)
+        return [(w, kept) for w, found in disks if (kept := [d for d in found if "node" in d and volume in ("", d["volume"])])]
+
+    name = await job.read(f"whose rights end{suffix}", lambda: job.state.store.require(Node, node).name)
+    for worker, disks in await job.read(f"rights to end{suffix}", plan):
+        await job.call(f"end rights at {worker}{suffix}", worker, "disks.revoke", {"disks": disks, "node": name}, deadline=60.0)
 
 
 @undo_function("claim.free")
@@ -181,9 +231,17 @@ async def activate_on(job: JobContext, instance: str, node: str, *, suffix: str 
 
 
 async def start_on(
-    job: JobContext, instance: str, node: str, *, suffix: str = "", patience: float = 0.0, span: tuple[float, float] = (60.0, 100.0)
+    job: JobContext,
+    instance: str,
+    node: str,
+    *,
+    suffix: str = "",
+    patience: float = 0.0,
+    span: tuple[float, float] = (60.0, 100.0),
+    fence: str = "known",
 ) -> None:
     """Take the claim, ask the storage who writes, let the agent start the guest. The claim must be free or the node's own.
+    ``fence``: as in ``connect_disks``.
 
     Errors: WrongState (somebody else holds the claim), DiskInUse, GuestError, PoolUnavailable.
     """
@@ -202,7 +260,7 @@ async def start_on(
     undo = Undo("claim.free", {"instance": instance, "node": node, "generation": generation})
     await job.write(f"take the claim{suffix}", take, undo)
     await _make_primary(job, instance, node, suffix)
-    disks = await connect_disks(job, instance, node, suffix=suffix, patience=patience)
+    disks = await connect_disks(job, instance, node, suffix=suffix, patience=patience, fence=fence)
     spec = await job.read(f"spec{suffix}", lambda: guest_spec(job.state, job.state.store.require(Instance, instance), generation))
     await job.call(
         f"start guest{suffix}",
@@ -213,6 +271,7 @@ async def start_on(
         deadline=120.0,
         span=span,
     )
+    await note_writers(job, instance, node, suffix=suffix)
 
     before = await job.read(f"desired before{suffix}", lambda: wanted(job.state, instance))
 
@@ -269,6 +328,7 @@ async def stop_on(job: JobContext, instance: str, node: str, grace: float, *, by
         deadline=grace + 60.0,
     )
     await free_claim(job, instance, node, generation, suffix=suffix)
+    await revoke_rights(job, instance, node, suffix=f" after stop{suffix}")
     await sync_copies(job, instance, node, suffix=suffix)
     return bool(answer["clean"])
 

@@ -191,7 +191,14 @@ class State:
 
     def pool_nodes(self, pool: Pool) -> list[Node]:
         """The nodes whose agents can do the half of a shared pool now."""
-        return [n for n in self.store.all(Node) if n.group in pool.groups and not n.offline and self.answers(n.id) and self.speaks(n.id)]
+        nodes = self.managers(self.driver(pool), pool.groups)
+        return [n for n in nodes if not n.offline and self.answers(n.id) and self.speaks(n.id)]
+
+    def managers(self, driver: DriverInfo, groups: Iterable[str]) -> list[Node]:
+        """The nodes of these groups on which the driver's pool half runs, whether or not they answer."""
+        nodes = [n for n in self.store.all(Node) if n.group in groups]
+        chosen = [n for n in nodes if "storage-controller" in n.roles] if driver.runs_on == "controllers" else []
+        return chosen or nodes
 
     def pool_node(self, pool: Pool, prefer: str | None = None, owner: str | None = None, exclude: Iterable[str] = ()) -> Node:
         """A node whose agent can do the pool's half: the owner of the disk for node-local pools, else one that answers.

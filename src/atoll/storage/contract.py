@@ -53,6 +53,10 @@ class DriverInfo(BaseModel):
     snapshots: bool = False
     clones: bool = False
     exclusive_lock: bool = False
+    #: Its pool half needs a credential that not every node shall have: it runs on nodes with the role ``storage-controller``, if the pool's
+    #: groups have any.
+    runs_on: Literal["nodes", "controllers"] = "nodes"
+    #: Its pool half is a ``FencingPool``: it can shut out who still writes, whatever he believes.
     fencing: bool = False
     #: Largest size of a volume, in bytes.
     max_size: int = 1 << 60
@@ -134,11 +138,26 @@ class PoolDriver(Protocol):
         """The measurement behind ``Writers``: ``hold`` takes a lock on a probe and keeps it while this process lives, ``look``
         says whether somebody else's lock is seen, ``drop`` lets go."""
 
-    def connection(self, logical_id: str, volume: str, size: int) -> Connection:
-        """How a node reaches it; needs nothing else than what it holds."""
+    def connection(self, logical_id: str, volume: str, size: int, node: str = "") -> Connection:
+        """How a node reaches it; needs nothing else than what it holds. ``node``: its name, where a node gets rights of its own."""
 
     def sync(self, logical_id: str, primary: str, secondary: str) -> None:
         """Internally mirrored only: bring the second copy up to the first. Others: NotSupported."""
+
+
+@runtime_checkable
+class FencingPool(PoolDriver, Protocol):
+    """The pool half of storage that can shut writers out (``DriverInfo.fencing``)."""
+
+    def note(self, logical_id: str) -> list[str]:
+        """Remember who has it open now: the guest that was just started, or both sides of a migration."""
+
+    def fence(self, logical_id: str, whom: Literal["none", "known", "all"], volume: str = "") -> list[str]:
+        """Shut out, for good, who may still write it: nobody, those that were noted (who are known to be gone), or everybody; and remove
+        what the dead have left. With a ``volume``, the rights that nodes had for it go first. Who was shut out. Errors: NotFound."""
+
+    def revoke(self, volume: str, node: str = "") -> None:
+        """Take the rights that a node (all: empty) had for a volume; none is success."""
 
 
 @runtime_checkable

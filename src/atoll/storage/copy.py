@@ -13,9 +13,10 @@ import select
 import shutil
 import signal
 import socket
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from atoll.model.errors import DeadlineExceeded, HostError, PoolFull
 from atoll.model.messages import Progress
@@ -62,11 +63,14 @@ def _free_port(address: str) -> int:
 @dataclass(frozen=True)
 class Image:
     """A raw image as the pool's own worker has seen it: the agent itself must not touch storage that may hang. ``direct``: its file system
-    can do without the page cache; ``sparse``: not all of its blocks are there."""
+    can do without the page cache; ``sparse``: not all of its blocks are there. ``blockdev``: how QEMU opens an image that has no path,
+    and ``secrets`` what that refers to (``Attached``)."""
 
     path: str
     direct: bool
     sparse: bool
+    blockdev: Mapping[str, Any] | None = None
+    secrets: Mapping[str, str] = field(default_factory=dict)
 
 
 def _cache(image: Image) -> str:
@@ -77,8 +81,24 @@ def _cache(image: Image) -> str:
 def _options(image: Image) -> str:
     """The image in QEMU's words: zeros that come over the wire make holes in a sparse one, and keep the blocks of a preallocated one."""
     path, discard = image.path, "unmap" if image.sparse else "ignore"
+    if image.blockdev is not None:
+        return f"driver=raw,discard={discard},{_flat('file', {**image.blockdev, 'discard': discard})}"
     # In both layers: qemu-nbd's own option leaves the lower one at unmap.
     return f"driver=raw,discard={discard},file.driver=file,file.discard={discard},file.aio=threads,file.filename={path.replace(',', ',,')}"
+
+
+def _flat(name: str, value: Any) -> str:
+    """A block node in QEMU's option syntax."""
+    if isinstance(value, Mapping):
+        return ",".join(_flat(f"{name}.{key}", inner) for key, inner in value.items())
+    word = ("on" if value else "off") if isinstance(value, bool) else str(value)
+    return f"{name}={word.replace(',', ',,')}"
+
+
+def _secrets(image: Image) -> list[str]:
+    """QEMU's objects for what opening the image takes; it reads them from files."""
+    found = sorted(image.secrets.items())
+    return [word for name, path in found for word in ("--object", f"secret,id={name},format=base64,file={path.replace(',', ',,')}")]
 
 
 async def serve(image: Image, address: str, tls_dir: Path, peer: str, run_dir: Path) -> tuple[int, int]:
@@ -89,6 +109,7 @@ async def serve(image: Image, address: str, tls_dir: Path, peer: str, run_dir: P
     tls = credentials(tls_dir, run_dir / "tls")
     pid_file = run_dir / _PID_FILE
     argv = ["qemu-nbd", "--fork", "--persistent", "--shared=1", "--image-opts", "--export-name=disk"]
+    argv += _secrets(image)
     argv += [f"--cache={_cache(image)}", f"--bind={address}", f"--pid-file={pid_file}"]
     argv += ["--object", f"tls-creds-x509,id=tls,dir={tls},endpoint=server,verify-peer=on", "--tls-creds=tls"]
     argv += ["--object", f"authz-simple,id=peer,identity=CN={peer}", "--tls-authz=peer"]
@@ -229,10 +250,12 @@ async def convert(
 
     Errors: HostError with the words of QEMU's tools, DeadlineExceeded. If the waiting task is cancelled, the copying ends too.
     """
-    copying = ["qemu-img", "convert", "-n", "-p", "-t", _cache(target), *_reading(source), "--target-image-opts", _source(source)]
+    opening = [*_secrets(target), "--target-image-opts"]
+    copying = ["qemu-img", "convert", "-n", "-p", "-t", _cache(target), *_reading(source), *opening, _source(source)]
     await _run([*copying, _options(target)], deadline, report, inherit)
-    # qemu-img does not tell whether its last flush failed; the kernel tells whoever asks next. In a process: it may hang.
-    await _run(["sync", target.path], _FLUSH, report)
+    # qemu-img does not tell whether its last flush failed; who asks next is told. In a process: it may hang.
+    flushing = ["qemu-io", *_secrets(target), "--image-opts", "-c", "flush", _options(target)]
+    await _run(flushing if target.blockdev is not None else ["sync", target.path], _FLUSH, report)
 
 
 async def _run(argv: list[str], deadline: float, report: Callable[[Progress], None], inherit: tuple[int, ...] = ()) -> None:

@@ -101,10 +101,11 @@ class _Pool:
 
 
 class StorageHost:
-    """See ``StorageAccess``. ``guest_user``: the user that new images are given to, as guests run as it."""
+    """See ``StorageAccess``. ``guest_user``: the user that new images are given to, as guests run as it. ``run_dir``: for what is there
+    while a volume is attached."""
 
-    def __init__(self, guest_user: str = "") -> None:
-        self._environment = {"ATOLL_GUEST_USER": guest_user}
+    def __init__(self, guest_user: str = "", run_dir: str = "") -> None:
+        self._environment = {"ATOLL_GUEST_USER": guest_user, "ATOLL_RUN_DIR": run_dir}
         self._pools: dict[str, _Pool] = {}
 
     def _pool(self, ident: str) -> _Pool:

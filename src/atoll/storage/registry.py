@@ -10,9 +10,10 @@ from atoll.model.messages import PoolRef
 from atoll.storage.contract import Connector, DriverInfo, PoolDriver
 from atoll.storage.fakemirror.info import INFO as _FAKEMIRROR
 from atoll.storage.file.info import INFO as _FILE
+from atoll.storage.rbd.info import INFO as _RBD
 from atoll.storage.sharedfile.info import INFO as _SHAREDFILE
 
-_INFOS = {info.name: info for info in (_FILE, _SHAREDFILE, _FAKEMIRROR)}
+_INFOS = {info.name: info for info in (_FILE, _SHAREDFILE, _RBD, _FAKEMIRROR)}
 
 
 def drivers() -> list[DriverInfo]:

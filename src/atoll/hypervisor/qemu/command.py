@@ -46,6 +46,8 @@ def command(spec: GuestSpec, files: GuestFiles, taps: Sequence[int | None], *, i
         device = disk_device(disk)
         if disk.slot == first and not spec.boot.kernel:
             device["bootindex"] = 1
+        for secret in secrets(disk):
+            argv += ["-object", json.dumps(secret)]
         argv += ["-blockdev", json.dumps(disk_node(disk)), "-device", json.dumps(device)]
     argv += _nics(spec, taps)
     argv += ["-object", "rng-builtin,id=rng0", "-device", f"virtio-rng-pci,id=rng-device0,rng=rng0,bus=pcie.0,addr=0x{_RNG:x}"]
@@ -118,6 +120,12 @@ def disk_node(disk: GuestDisk) -> dict[str, Any]:
     common = {"read-only": read_only, "cache": protocol["cache"], "discard": protocol["discard"]}
     protocol |= {"read-only": read_only, "node-name": f"{disk.volume}-file"}
     return {"driver": "raw", "node-name": disk.volume, **common, "file": protocol}
+
+
+def secrets(disk: GuestDisk) -> list[dict[str, Any]]:
+    """The secrets that opening the disk takes, as QEMU's objects: it reads them from files, so that no command line holds any."""
+    found = disk.attached.secrets if disk.attached is not None else {}
+    return [{"qom-type": "secret", "id": name, "format": "base64", "file": path} for name, path in sorted(found.items())]
 
 
 def disk_device(disk: GuestDisk) -> dict[str, Any]:

@@ -24,7 +24,13 @@ async def plug(session: Session, disk: GuestDisk, tuning: Tuning) -> None:
             raise Conflict(f"disk {disk.volume} is plugged in already, but not in slot {disk.slot}")
         return
     if not await _opened(session, disk.volume):
+        for secret in command.secrets(disk):
+            await _remove_object(session, secret["id"])
+            await session.execute("object-add", secret)
         await session.execute("blockdev-add", node, limit=tuning.disk_command)
+        for secret in command.secrets(disk):
+            # It has read it; the next disk of that name brings its own.
+            await _remove_object(session, secret["id"])
     try:
         await session.execute("device_add", device, limit=tuning.disk_command)
     except Refused as error:
@@ -64,6 +70,11 @@ async def _ask(session: Session, volume: str) -> None:
 
 async def _plugged(session: Session, volume: str) -> bool:
     return any(child["name"] == volume for child in await session.execute("qom-list", {"path": "/machine/peripheral"}))
+
+
+async def _remove_object(session: Session, name: str) -> None:
+    if any(child["name"] == name for child in await session.execute("qom-list", {"path": "/objects"})):
+        await session.execute("object-del", {"id": name})
 
 
 async def _opened(session: Session, volume: str) -> bool:

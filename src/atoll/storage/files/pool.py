@@ -167,7 +167,7 @@ class FilePool:
             _held[key] = fd
             return locks.lock_for_writing(fd)
 
-    def connection(self, logical_id: str, volume: str, size: int) -> Connection:
+    def connection(self, logical_id: str, volume: str, size: int, node: str = "") -> Connection:
         """See ``PoolDriver``."""
         data = {
             "pool": self.ref.model_dump(mode="json"),

@@ -1,0 +1,18 @@
+"""What the driver can: data only."""
+
+from atoll.storage.contract import DriverInfo, Mirroring
+from atoll.storage.rbd.options import OPTIONS
+
+INFO = DriverInfo(
+    name="rbd",
+    description="images in a Ceph cluster, which QEMU opens by itself: nothing is mapped or mounted on the node",
+    mirroring=Mirroring.EXTERNAL,
+    access=frozenset({"userspace"}),
+    space="shared",
+    adoption="may",
+    rename="offline",
+    exclusive_lock=True,
+    runs_on="controllers",
+    fencing=True,
+    options=OPTIONS,
+)

@@ -1,0 +1,339 @@
+"""Guests whose disks are in a real Ceph, on real nodes: their whole life, and that there is one writer whatever happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import MIB, Cluster, until
+
+from atoll.lab import network
+from atoll.lab.layout import netns_name
+from atoll.lab.smallceph import missing
+from ceph_support import Ceph
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.qemu,
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+    pytest.mark.xdist_group("cluster-rbd"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="real nodes need root"),
+    pytest.mark.skipif(bool(missing()), reason="Ceph is not installed"),
+]
+#: Cases for ``make faults``.
+LONG = pytest.mark.skipif("ATOLL_FAULT_STEPS" not in os.environ, reason="make faults ONLY=ceph")
+
+
+class RbdCluster(Cluster):
+    """A cluster whose nodes reach a small Ceph at their switch."""
+
+    def __init__(self, name: str, nodes: int) -> None:
+        self.place = Path(tempfile.mkdtemp(prefix="atoll-c-", dir="/tmp"))
+        self.place.chmod(0o755)
+        super().__init__(name, nodes, all_vm=True, binds=[str(self.place)])
+        try:
+            net, switch = self.lab.record.net, netns_name(name, "switch")
+            subprocess.run(["ip", "-n", switch, "addr", "add", f"{net}.2/24", "dev", network.BRIDGE], check=True)
+            self.ceph = Ceph(self.place / "c", f"{net}.2", f"{net}.0/24", netns=f"{network.NETNS_DIR}/{switch}")
+            self.ceph.up()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if hasattr(self, "ceph"):
+            self.ceph.down()
+        super().close()
+        shutil.rmtree(self.place, ignore_errors=True)
+
+    def add_pool(self, name: str, **options: str) -> None:
+        """Only node1, which has the role of a storage controller, has the keyring of the user that manages the pool."""
+        made = self.ceph.pool_ref(name, **options)
+        there = self.node("node1").root / "etc" / "atoll" / "manager.keyring"
+        shutil.move(made.options["keyring"], there)
+        made.options["keyring"] = "/etc/atoll/manager.keyring"
+        self.do("POST", "/v1/pools", name=name, driver="rbd", options=made.options)
+
+    def rbd(self, *words: str) -> str:
+        return self.ceph.run("rbd", *words)
+
+    def image_spec(self, instance: str, index: int = 0) -> str:
+        disk = self.row("instances", instance)["disks"][index]
+        volume = self.row("volumes", disk["volume"])
+        return f"{self.row('pools', disk['pool'])['options']['pool']}/{volume['logical_id']}"
+
+    def image_of(self, instance: str, index: int = 0) -> Path:
+        """A copy of what is on the disk now."""
+        path = self.place / f"{instance}-{index}.raw"
+        path.unlink(missing_ok=True)
+        self.rbd("export", "--no-progress", self.image_spec(instance, index), str(path))
+        return path
+
+    def argv(self, node: str) -> str:
+        """Every command line of a node."""
+        found = ""
+        within = os.readlink(f"/proc/{self.node(node).pid}/ns/pid")
+        for entry in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                if os.readlink(f"/proc/{entry}/ns/pid") == within:
+                    found += Path(f"/proc/{entry}/cmdline").read_bytes().decode(errors="replace") + "\n"
+            except OSError:
+                continue
+        return found
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RbdCluster]:
+    made = RbdCluster(f"cr{os.getpid()}", 3)
+    try:
+        made.add_pool("vms", isolation="volume")
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture
+def healing() -> Iterator[ExitStack]:
+    """Mends what a test has broken, also when it fails."""
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def web(cluster: RbdCluster) -> str:
+    """A guest with two disks in Ceph. Each test leaves it running."""
+    return cluster.add("web", "node2", disks=2, pool="vms")
+
+
+def keys(cluster: RbdCluster) -> list[str]:
+    """Every key that Ceph knows."""
+    return [row["key"] for row in cluster.ceph.ask("auth", "ls")["auth_dump"]]
+
+
+def test_a_guest_in_user_space_leaves_nothing_on_the_node_but_a_key_in_memory(cluster: RbdCluster, web: str) -> None:
+    assert cluster.settled(web) == "node2"
+    row = cluster.row("instances", "web")
+    assert [disk["access"] for disk in row["disks"]] == ["userspace", "userspace"]
+    assert cluster.row("pools", "vms")["writers"] == "advisory"
+    node = cluster.node("node2")
+    mounts = Path(f"/proc/{node.pid}/mounts").read_text()
+    assert "rbd" not in mounts
+    assert not [name for name in os.listdir(node.root / "dev") if name.startswith(("rbd", "nbd"))]
+    assert not any(key in cluster.argv("node2") for key in keys(cluster))
+    volume = row["disks"][0]["volume"]
+    assert (node.run_dir / "keys" / f"{volume}.key").stat().st_mode & 0o777 == 0o400
+    assert not (node.root / "etc" / "atoll" / "manager.keyring").exists()
+    assert not any(key in (node.run_dir / "guests" / web / "spec.json").read_text() for key in keys(cluster))
+    assert cluster.findings() == []
+
+
+def test_a_pool_that_cannot_be_is_refused_and_leaves_nothing(cluster: RbdCluster) -> None:
+    conf, keyring = str(cluster.ceph.conf), str(cluster.ceph.place / "client.admin.keyring")
+    assert cluster.refused("POST", "/v1/pools", name="x", driver="rbd", options={"pool": "x", "features": "3"}) == "invalid_input"
+    options = {"pool": "nothing", "conf": conf, "user": "admin", "keyring": keyring}
+    assert cluster.refused("POST", "/v1/pools", name="x", driver="rbd", options=options) == "pool_unavailable"
+    assert cluster.findings() == []
+
+
+def test_migrate_while_it_writes(cluster: RbdCluster, web: str) -> None:
+    source = cluster.settled(web)
+    target = "node3" if source == "node2" else "node2"
+    done = cluster.do("POST", "/v1/instances/web/migrate", node=target)
+    assert done["result"]["node"] == target
+    cluster.settled(web, on=target)
+    volume = cluster.row("instances", "web")["disks"][0]["volume"]
+    assert not (cluster.node(source).run_dir / "keys" / f"{volume}.key").exists()
+    users = cluster.ceph.run("ceph", "auth", "ls")
+    assert (f"client.atoll-{target}.{volume}" in users, f"client.atoll-{source}.{volume}" in users) == (True, False)
+
+
+def test_disks_come_grow_and_go_while_it_runs(cluster: RbdCluster, web: str) -> None:
+    cluster.do("POST", "/v1/volumes", name="extra", pool="vms", size=16 * MIB)
+    cluster.do("POST", "/v1/instances/web/attach-disk", volume="extra")
+    cluster.acks.says(web, "SIZE vdc 16777216")
+    cluster.do("POST", "/v1/instances/web/grow-disk", index=2, size=32 * MIB)
+    cluster.acks.says(web, "SIZE vdc 33554432")
+    assert '"size":33554432' in cluster.rbd("info", cluster.image_spec(web, 2), "--format", "json")
+    cluster.do("POST", "/v1/instances/web/detach-disk", volume="extra")
+    cluster.do("DELETE", "/v1/volumes/extra")
+    pool = cluster.row("pools", "vms")["options"]["pool"]
+    assert "extra" not in cluster.rbd("ls", pool) + cluster.rbd("trash", "ls", "--all", pool)
+    cluster.settled(web)
+
+
+def test_a_killed_guest_starts_again_at_once_although_ceph_still_sees_it(cluster: RbdCluster, web: str) -> None:
+    """Its watch and its lock stay for half a minute. Its agent says that it is gone: so it is shut out, not waited for."""
+    node = cluster.settled(web)
+    before = cluster.qemu(node, web)
+    cluster.kill_qemu(node, web)
+    until(lambda: cluster.qemu(node, web) not in (0, before), "it has a new process")
+    cluster.settled(web, on=node)
+    assert cluster.ceph.run("ceph", "osd", "blocklist", "ls").count(":0/") == 2
+
+
+def test_a_killed_guest_starts_on_another_node(cluster: RbdCluster, web: str) -> None:
+    node = cluster.settled(web)
+    target = "node3" if node == "node2" else "node2"
+    cluster.do("POST", "/v1/instances/web/stop", timeout=0)
+    cluster.do("POST", "/v1/instances/web/start", node=target)
+    cluster.settled(web, on=target)
+
+
+def test_who_else_has_the_image_open_is_told_and_left_alone(cluster: RbdCluster, healing: ExitStack) -> None:
+    """Exclusive locks alone would let both run, and hand the lock to and fro."""
+    instance = cluster.add("twice", "node2", pool="vms", start=False)
+    argv = ["qemu-io", "-f", "raw", f"rbd:{cluster.image_spec(instance)}:id=admin:conf={cluster.ceph.conf}"]
+    within = ["nsenter", f"--net={network.NETNS_DIR}/{netns_name(cluster.lab.name, 'switch')}", "--"]
+    other = subprocess.Popen([*within, *argv], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    healing.callback(other.wait)
+    healing.callback(other.kill)
+    assert other.stdin is not None
+    assert other.stdout is not None
+    other.stdin.write("write 0 4096\n")
+    other.stdin.flush()
+    until(lambda: "wrote 4096" in other.stdout.readline(), "it has written")
+    assert cluster.refused("POST", "/v1/instances/twice/start") == "disk_in_use"
+    assert f"client.atoll-node2.{cluster.row('instances', 'twice')['disks'][0]['volume']}" not in cluster.ceph.run("ceph", "auth", "ls")
+    other.stdin.write("write 4096 4096\n")
+    other.stdin.flush()
+    until(lambda: "wrote 4096" in other.stdout.readline(), "it goes on to write")
+    other.stdin.close()
+    other.wait(30)
+    cluster.do("POST", "/v1/instances/twice/start")
+    cluster.settled(instance)
+    cluster.do("DELETE", "/v1/instances/twice", timeout=0)
+
+
+def runstate(cluster: RbdCluster, node: str, instance: str) -> str:
+    """What the guest's QEMU says, by the socket that is for watchdogs."""
+    with socket.socket(socket.AF_UNIX) as monitor:
+        monitor.settimeout(30)
+        monitor.connect(str(cluster.node(node).run_dir / "guests" / instance / "watchdog"))
+        stream = monitor.makefile("rw")
+        stream.readline()
+        for command in ("qmp_capabilities", "query-status"):
+            stream.write(json.dumps({"execute": command}) + "\n")
+            stream.flush()
+            answer: dict[str, Any] = {}
+            while "return" not in answer:
+                answer = json.loads(stream.readline())
+        return str(answer["return"]["status"])
+
+
+def test_failover_shuts_out_the_guest_of_a_node_that_is_cut_off(cluster: RbdCluster, web: str, healing: ExitStack) -> None:
+    """The node is not dead, as was said: its guest goes on and its storage comes back. It must not write one byte more."""
+    node = cluster.settled(web)
+    target = next(name for name in ("node2", "node3") if name != node)
+    cluster.node(node).cut()
+    healing.callback(cluster.wait_alive)
+    healing.callback(cluster.node(node).heal)
+    cluster.wait_silent(node)
+    cluster.do("POST", "/v1/instances/web/failover", node=target, node_is_dead=True)
+    until(lambda: cluster.qemu(target, web), "it runs elsewhere")
+    assert cluster.qemu(node, web), "the cut-off guest still has its process"
+    assert runstate(cluster, node, web) == "running"
+    # Its agent stands still, so that Ceph alone keeps it from writing.
+    agent = next(service.pid for service in cluster.node(node).services() if service.name == "agent")
+    os.kill(agent, signal.SIGSTOP)
+    healing.callback(os.kill, agent, signal.SIGCONT)
+    cluster.node(node).heal()
+    until(lambda: runstate(cluster, node, web) == "io-error", "it stops with an error")
+    os.kill(agent, signal.SIGCONT)
+    cluster.wait_alive(node)
+    until(lambda: not cluster.qemu(node, web), "the stale guest is gone")
+    cluster.settled(web, on=target)
+    cluster.one_writer(web)
+
+
+def master_point(cluster: RbdCluster, word: str) -> str:
+    """The fault point after the step of that name in the newest migration: all have the same steps."""
+    job = next(job for job in cluster.items("jobs") if job["operation"] == "instance.migrate" and job["state"] == "done")
+    steps = cluster.get(f"/v1/jobs/{job['id']}")["steps"]
+    number, what = next((index, step["what"]) for index, step in enumerate(steps, 1) if step["key"].startswith(word))
+    return f"master:instance.migrate:{number:02d}:after-{'effect' if what == 'call' else 'write'}"
+
+
+def traces(cluster: RbdCluster, volume: str) -> list[str]:
+    """What Ceph keeps of a volume: images, also in the trash, and users."""
+    pool = cluster.row("pools", "vms")["options"]["pool"]
+    found = cluster.rbd("ls", pool) + cluster.rbd("trash", "ls", "--all", pool) + cluster.ceph.run("ceph", "auth", "ls")
+    return [line for line in found.splitlines() if line.strip().endswith(volume)]
+
+
+@pytest.mark.parametrize(
+    ("service", "point"),
+    [
+        ("agent", "agent:volume.create:after"),
+        ("agent", "agent:disks.revoke:before"),
+        ("master", "note who writes"),
+        pytest.param("agent", "agent:guest.start:after", marks=LONG),
+        pytest.param("agent", "agent:disks.note:after", marks=LONG),
+        pytest.param("agent", "agent:volume.delete:after", marks=LONG),
+        pytest.param("master", "rights for disks", marks=LONG),
+        pytest.param("master", "end rights", marks=LONG),
+    ],
+)
+def test_whoever_dies_in_between_everything_is_done_or_undone(cluster: RbdCluster, service: str, point: str) -> None:
+    """A guest's whole life, during which an agent or the master is killed once, where Ceph has just been changed or is about to be."""
+    body = {"name": "life", "template": "vms", "disks": [{"size": 16 * MIB}], "memory": 128 * MIB, "node": "node2"}
+    body |= {"kernel": str(cluster.image.kernel), "initrd": str(cluster.image.initrd), "append": cluster.writer(10000)}
+    steps: list[tuple[str, str, dict[str, Any]]] = [
+        ("POST", "/v1/instances", body),
+        ("POST", "/v1/instances/life/migrate", {"node": "node3"}),
+        ("DELETE", "/v1/instances/life", {"timeout": 0}),
+    ]
+    if service == "agent":
+        armed = [cluster.arm(node.name, "agent", point) for node in cluster.lab.nodes]
+    else:
+        armed = [cluster.arm("node1", "master", master_point(cluster, point))]
+    volume = ""
+    for method, path, more in steps:
+        end = cluster.end_of(cluster.submit(method, path, **more))
+        assert end["state"] == "done", end
+        cluster.wait_alive()
+        if method == "POST":
+            instance = cluster.settled(cluster.row("instances", "life")["id"]) and cluster.row("instances", "life")
+            volume = instance["disks"][0]["volume"]
+    fired = [path for path in armed if not path.exists()]
+    for path in armed:
+        path.unlink(missing_ok=True)
+    assert fired, f"{point} was not reached"
+    assert traces(cluster, volume) == []
+    assert cluster.findings() == []
+
+
+@pytest.mark.parametrize("where", ["node1", "node3"], ids=["the controller's image", "another node's image"])
+def test_a_disk_is_made_from_an_image(cluster: RbdCluster, where: str) -> None:
+    """Written into Ceph by QEMU's tools, with the key by a file, and over TLS from a node that has no keys of the pool's."""
+    path = cluster.node(where).root / "var" / "lib" / "atoll" / "source.raw"
+    path.write_bytes(os.urandom(MIB) + bytes(6 * MIB) + os.urandom(MIB))
+    image = {"node": where, "path": "/var/lib/atoll/source.raw"}
+    cluster.do("POST", "/v1/volumes", name="made", pool="vms", image=image)
+    volume = cluster.row("volumes", "made")
+    copy = cluster.place / "made.raw"
+    copy.unlink(missing_ok=True)
+    cluster.rbd("export", "--no-progress", f"{cluster.row('pools', 'vms')['options']['pool']}/{volume['logical_id']}", str(copy))
+    assert copy.read_bytes() == path.read_bytes()
+    assert not list((cluster.node("node1").run_dir / "keys").glob("*.key"))
+    cluster.do("DELETE", "/v1/volumes/made")
+
+
+def test_nothing_is_left(cluster: RbdCluster, web: str) -> None:
+    cluster.do("DELETE", "/v1/instances/web", timeout=0)
+    pool = cluster.row("pools", "vms")["options"]["pool"]
+    assert cluster.rbd("ls", pool).split() == [f"atoll-probe.{cluster.row('pools', 'vms')['id']}"]
+    assert cluster.rbd("trash", "ls", "--all", pool) == ""
+    assert cluster.findings() == []
+    cluster.do("DELETE", "/v1/pools/vms")
+    assert cluster.rbd("ls", pool) == ""
