@@ -78,8 +78,8 @@ def test_no_room_for_the_store(small: Path, monkeypatch: pytest.MonkeyPatch) -> 
         for pages in (40, 25, 15, 8, 4, 2, 1, 0):
             # The disk is full in the middle of a job: after some of its writes.
             fill(small, pages)
-            # The store's files have room of their own for a while, where jobs were that are cleaned up. Instances stay: more of them than the
-            # whole disk has room for are not taken.
+            # The store's files have room of their own for a while, where jobs were that are cleaned up. Instances stay: more of them than
+            # the whole disk has room for are not taken.
             for number in range(220):
                 more = {"append": "x" * 900_000} if number >= 60 else {}
                 status, kind, answer = served.ask("POST", "/v1/instances", {"name": f"web-{pages}-{number}", **INSTANCE, **more})
