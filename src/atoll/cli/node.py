@@ -15,7 +15,19 @@ from atoll.cli import settings, tags, work
 from atoll.cli.client import Client, path_of
 from atoll.cli.cluster import set_option
 from atoll.cli.lazy import OrderedGroup
-from atoll.cli.options import complete, confirm, force_option, format_option, job_options, on_node, pairs, target, unasked_option
+from atoll.cli.options import (
+    by_driver,
+    complete,
+    confirm,
+    force_option,
+    format_option,
+    job_options,
+    on_node,
+    pairs,
+    storage_option,
+    target,
+    unasked_option,
+)
 from atoll.cli.output import print_data
 from atoll.cli.reads import info_command, list_command
 from atoll.cli.settings import config_option
@@ -138,17 +150,30 @@ def join(master: str, name: str, address: str, token_file: str, config: str, ove
 @click.option("--offline", type=bool, is_flag=False, flag_value="yes", metavar="[yes|no]", help="Nothing is asked of an offline node.")
 @click.option("--drained", type=bool, is_flag=False, flag_value="yes", metavar="[yes|no]", help="A drained node gets nothing new.")
 @click.option("--role", "roles", multiple=True, metavar="ROLE", help="Its roles; replaces all.")
+@storage_option
 @job_options
-def modify(target: str, offline: bool | None, drained: bool | None, roles: tuple[str, ...], **options: Any) -> None:
-    """Set a node offline or drained, or change its roles."""
-    change(target, offline, drained, list(roles) or None, options)
+def modify(
+    target: str, offline: bool | None, drained: bool | None, roles: tuple[str, ...], storage_texts: tuple[str, ...], **options: Any
+) -> None:
+    """Set a node offline or drained, or change its roles or its options for storage clusters."""
+    change(target, offline, drained, list(roles) or None, storage_texts, options)
 
 
-def change(name: str, offline: bool | None, drained: bool | None, roles: list[str] | None, options: dict[str, Any]) -> None:
+def change(
+    name: str,
+    offline: bool | None,
+    drained: bool | None,
+    roles: list[str] | None,
+    storage_texts: tuple[str, ...],
+    options: dict[str, Any],
+) -> None:
     """Ask for the change; refuses one that changes nothing."""
-    if offline is None and drained is None and roles is None:
-        raise InvalidInput("nothing to change is given", hint="--offline yes|no, --drained yes|no or --role")
-    work.run("node", "modify", name, {"offline": offline, "drained": drained, "roles": roles}, **options)
+    if offline is None and drained is None and roles is None and not storage_texts:
+        raise InvalidInput("nothing to change is given", hint="--offline yes|no, --drained yes|no, --role or -S")
+    body: dict[str, Any] = {"offline": offline, "drained": drained, "roles": roles}
+    if storage_texts:
+        body["storage_options"] = by_driver(storage_texts, "-S")
+    work.run("node", "modify", name, body, **options)
 
 
 _dead_option = click.option("--node-is-dead", is_flag=True, help="Your word that the node is off, for this moment.")

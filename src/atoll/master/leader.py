@@ -29,6 +29,7 @@ from atoll.model.objects import DeathProof, Hold, Job, Node, Pool, Stored, Volum
 from atoll.operations.all import OPERATIONS
 from atoll.operations.registry import operation as find_operation
 from atoll.operations.state import State
+from atoll.operations.storages import storage_status
 from atoll.rpc.agents import Agents
 from atoll.rpc.contract import Transport
 from atoll.runtime.clock import Clock
@@ -247,6 +248,11 @@ class MasterLeader:
         await self._state.store.landed(DeathProof, node)
         self._check_leads()
         return {"term": self._state.store.term, "dead": self._state.proved_dead(node)}
+
+    async def storage_status(self, target: str) -> dict[str, Any]:
+        """See ``api.leader.Leader``."""
+        await self._ready.wait()
+        return await storage_status(self._state, self.agents, target)
 
     async def join_token(self, name: str, group: str | None, rejoin: bool = False) -> str:
         """See ``api.leader.Leader``."""

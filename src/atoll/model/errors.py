@@ -197,6 +197,12 @@ class NodeAnswers(WrongState):
     code, default_hint = "node_answers", "leave --node-is-dead away"
 
 
+class PreflightFailed(WrongState):
+    """Something on the nodes stands against it; all of it is named, and nothing was changed."""
+
+    code, default_hint = "preflight_failed", "put these right, then repeat the command"
+
+
 # --- something is not there or full (exit 7) ---
 
 

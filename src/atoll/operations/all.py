@@ -17,6 +17,7 @@ from atoll.operations import (
     instance_settle,
     nodes,
     pools,
+    storages,
     volumes,
 )
 from atoll.operations.registry import OPERATIONS
@@ -39,5 +40,6 @@ __all__ = [
     "instance_settle",
     "nodes",
     "pools",
+    "storages",
     "volumes",
 ]

@@ -13,6 +13,7 @@ from atoll.operations.common import check_new_name, frozen, locks, name_lock, pr
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import AssignNodes, ClusterModify, GroupAdd, GroupModify, Nothing, Rename, TagsChange
 from atoll.operations.state import State
+from atoll.operations.storage_options import check_cluster, check_group, merged
 from atoll.storage import registry as drivers
 
 
@@ -39,6 +40,7 @@ def _prepare_modify(state: State, target: str, request: GroupModify) -> Prepared
     for driver, name in request.default_pools.items():
         drivers.info(driver)
         pools[driver] = state.resolve_pool(name).id if name else ""
+    check_group(state, group, request.storage_options)
     return Prepared(frozen(request, id=group.id, default_pools=pools), locks(exclusive=[group.resource]), f"modify group {group.name}")
 
 
@@ -47,7 +49,9 @@ async def _run_modify(job: JobContext, request: dict[str, Any]) -> Any:
         group = job.state.store.require(Group, request["id"])
         pin = {k: request[k] for k in ("cpu_model", "accelerator", "machine") if request[k] is not None}
         pools = {k: v for k, v in {**group.default_pools, **request["default_pools"]}.items() if v}
-        return Changes(put=[group.model_copy(update={"pin": group.pin.model_copy(update=pin), "default_pools": pools})])
+        options = merged(group.storage_options, request.get("storage_options", {}))
+        update = {"pin": group.pin.model_copy(update=pin), "default_pools": pools, "storage_options": options}
+        return Changes(put=[group.model_copy(update=update)])
 
     await job.commit()
     await job.write("change", change)
@@ -142,6 +146,7 @@ def _prepare_cluster(state: State, target: str, request: ClusterModify) -> Prepa
         for option in options:
             if option not in known:
                 raise NotFound(f"driver {driver} has no option {option!r}", hint=f"options: {', '.join(sorted(known))}")
+    check_cluster(state, request.storage_options)
     if request.hypervisor and request.hypervisor != state.cluster.hypervisor and state.store.all(Instance):
         raise WrongState("the hypervisor can change only while there are no instances", hint="atoll instance list")
     return Prepared(frozen(request), locks(exclusive=["cluster:cluster"]), "modify the cluster")
@@ -150,10 +155,11 @@ def _prepare_cluster(state: State, target: str, request: ClusterModify) -> Prepa
 async def _run_cluster(job: JobContext, request: dict[str, Any]) -> Any:
     def change() -> Changes:
         cluster = job.state.cluster
-        merged = {**cluster.driver_options}
+        drivers_options = {**cluster.driver_options}
         for driver, options in request["driver_options"].items():
-            merged[driver] = {k: v for k, v in {**merged.get(driver, {}), **options}.items() if v}
-        update: dict[str, Any] = {"driver_options": merged}
+            drivers_options[driver] = {k: v for k, v in {**drivers_options.get(driver, {}), **options}.items() if v}
+        options = merged(cluster.storage_options, request.get("storage_options", {}))
+        update: dict[str, Any] = {"driver_options": drivers_options, "storage_options": options}
         if request["hypervisor"]:
             update["hypervisor"] = request["hypervisor"]
         return Changes(put=[cluster.model_copy(update=update)])

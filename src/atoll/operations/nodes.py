@@ -15,6 +15,7 @@ from atoll.operations.making import declare_lost
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import NodeDeclareDead, NodeModify, NodeMove, NodeRemove, Nothing, TagsChange
 from atoll.operations.state import State
+from atoll.operations.storage_options import check_node, merged
 
 MASTER_CANDIDATE = "master-candidate"
 ROLES = frozenset({"vm", "storage-controller", MASTER_CANDIDATE})
@@ -36,6 +37,7 @@ def _prepare_modify(state: State, target: str, request: NodeModify) -> Prepared:
     for role in request.roles or []:
         if role not in ROLES:
             raise InvalidInput(f"there is no role {role!r}", hint=f"roles: {', '.join(sorted(ROLES))}")
+    check_node(node, request.storage_options)
     return Prepared(frozen(request, id=node.id), locks(exclusive=[node.resource]), f"modify node {node.name}")
 
 
@@ -45,6 +47,8 @@ async def _run_modify(job: JobContext, request: dict[str, Any]) -> Any:
         update = {k: request[k] for k in ("offline", "drained") if request[k] is not None}
         if request["roles"] is not None:
             update["roles"] = tuple(sorted(request["roles"]))
+        if request.get("storage_options", {}):
+            update["storage_options"] = merged(node.storage_options, request.get("storage_options", {}))
         return Changes(put=[node.model_copy(update=update)])
 
     await job.commit()
