@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 import random
 from collections import Counter
@@ -224,7 +225,7 @@ def dump(box: Box) -> dict[str, Any]:
     for name, node in box.ceph.nodes.items():
         # What was never touched is as good as what is empty again.
         if node != BoxNode():
-            found[f"ceph on {name}"] = (node.fsid, node.mon, node.mgr, dict(node.osds), set(node.running), dict(node.clients))
+            found[f"ceph:{name}"] = copy.deepcopy(vars(node))
     for claim in store.all(Claim):
         found[claim.resource] = {"holder": claim.holder, "migration": claim.migration}
     return found
@@ -528,6 +529,11 @@ async def with_ceph(box: Box) -> None:
     await box.do("storage.init", "default", type="ceph")
 
 
+async def with_ceph_stopped(box: Box) -> None:
+    await with_ceph(box)
+    await box.do("node.modify", "node2", offline=True)
+
+
 IMAGE = {"node": "node2", "path": "/srv/debian.qcow2"}
 IMAGED = [{"image": IMAGE}]
 MIGRATES = ("done", "undone")
@@ -581,5 +587,7 @@ STORIES = [
     Story("node-evacuate", "node.evacuate", "node1", {}, two_running, ends=MIGRATES, partial=True),
     Story("node-failover-dead", "node.failover", "node1", {"node_is_dead": True}, dead_node, frees=True, partial=True),
     Story("storage-init", "storage.init", "default", {"type": "ceph"}, with_disks),
+    Story("node-offline-storage", "node.modify", "node2", {"offline": True}, with_ceph),
+    Story("node-online-storage", "node.modify", "node2", {"offline": False}, with_ceph_stopped),
     Story("restart-missing", "instance.restart-missing", "web1", {}, missing, internal=True),
 ]

@@ -13,7 +13,17 @@ from atoll.cli.client import Client, path_of
 from atoll.cli.ganeti_fields import STORAGE, TABLES
 from atoll.cli.lazy import OrderedGroup
 from atoll.cli.main import run
-from atoll.cli.options import by_driver, confirm, force_option, job_options, output_options, storage_option, style, target
+from atoll.cli.options import (
+    by_driver,
+    confirm,
+    force_option,
+    io_may_stop_option,
+    job_options,
+    output_options,
+    storage_option,
+    style,
+    target,
+)
 from atoll.cli.output import Row, print_rows
 from atoll.cli.reads import named
 from atoll.cli.settings import Settings
@@ -93,12 +103,15 @@ def _node() -> click.Group:
     @target("node")
     @_yes_no("offline", "-O", "Nothing is asked of an offline node.")
     @_yes_no("drained", "-D", "A drained node gets nothing new.")
+    @io_may_stop_option
     @storage_option
     @job_options
-    def modify(target: str, offline: str | None, drained: str | None, storage_texts: tuple[str, ...], **options: Any) -> None:
+    def modify(
+        target: str, offline: str | None, drained: str | None, io_may_stop: bool, storage_texts: tuple[str, ...], **options: Any
+    ) -> None:
         """Set a node offline or drained, or change its options for storage clusters."""
         said = [None if word is None else word == "yes" for word in (offline, drained)]
-        ours.change(target, said[0], said[1], None, storage_texts, options)
+        ours.change(target, said[0], said[1], None, storage_texts, options, io_may_stop)
 
     @program.command("list-storage")
     @target("node", nargs=-1)

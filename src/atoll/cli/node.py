@@ -21,6 +21,7 @@ from atoll.cli.options import (
     confirm,
     force_option,
     format_option,
+    io_may_stop_option,
     job_options,
     on_node,
     pairs,
@@ -150,13 +151,20 @@ def join(master: str, name: str, address: str, token_file: str, config: str, ove
 @click.option("--offline", type=bool, is_flag=False, flag_value="yes", metavar="[yes|no]", help="Nothing is asked of an offline node.")
 @click.option("--drained", type=bool, is_flag=False, flag_value="yes", metavar="[yes|no]", help="A drained node gets nothing new.")
 @click.option("--role", "roles", multiple=True, metavar="ROLE", help="Its roles; replaces all.")
+@io_may_stop_option
 @storage_option
 @job_options
 def modify(
-    target: str, offline: bool | None, drained: bool | None, roles: tuple[str, ...], storage_texts: tuple[str, ...], **options: Any
+    target: str,
+    offline: bool | None,
+    drained: bool | None,
+    roles: tuple[str, ...],
+    io_may_stop: bool,
+    storage_texts: tuple[str, ...],
+    **options: Any,
 ) -> None:
     """Set a node offline or drained, or change its roles or its options for storage clusters."""
-    change(target, offline, drained, list(roles) or None, storage_texts, options)
+    change(target, offline, drained, list(roles) or None, storage_texts, options, io_may_stop)
 
 
 def change(
@@ -166,11 +174,12 @@ def change(
     roles: list[str] | None,
     storage_texts: tuple[str, ...],
     options: dict[str, Any],
+    io_may_stop: bool = False,
 ) -> None:
     """Ask for the change; refuses one that changes nothing."""
     if offline is None and drained is None and roles is None and not storage_texts:
         raise InvalidInput("nothing to change is given", hint="--offline yes|no, --drained yes|no, --role or -S")
-    body: dict[str, Any] = {"offline": offline, "drained": drained, "roles": roles}
+    body: dict[str, Any] = {"offline": offline, "drained": drained, "roles": roles, "io_may_stop": True if io_may_stop else None}
     if storage_texts:
         body["storage_options"] = by_driver(storage_texts, "-S")
     work.run("node", "modify", name, body, **options)

@@ -113,6 +113,13 @@ storage_option = click.option(
 )
 
 
+io_may_stop_option = click.option(
+    "--io-may-stop",
+    is_flag=True,
+    help="With --offline yes: even if its storage cluster then stops serving guests.",
+)
+
+
 # --- words inside options ---
 
 

@@ -115,6 +115,17 @@ class Planner(Protocol):
     def make(self, members: list[Member], layout: dict[str, Any], secrets: Mapping[str, str], results: Results) -> Iterator[list[Planned]]:
         """The phases that make it. ``results``: key -> result of the steps of earlier phases, filled in between by the caller."""
 
+    def stops(self, layout: Mapping[str, Any], name: str, teller: str) -> Planned:
+        """The question, for the node ``teller`` (id), what would stop for clients without the node; its answer has ``stops``, in words."""
+
+    def rest(self, layout: Mapping[str, Any], name: str, teller: str, *, hold: bool, wait: bool) -> list[list[Planned]]:
+        """The phases that stop a node's daemons and keep what they have.
+
+        ``hold``: let its data not be copied elsewhere meanwhile; ``wait``: until the others have noticed."""
+
+    def wake(self, layout: Mapping[str, Any], name: str, teller: str) -> list[list[Planned]]:
+        """The phases that start them again."""
+
     def finished(self, layout: dict[str, Any], results: Results) -> dict[str, Any]:
         """The layout with what only the steps told."""
 

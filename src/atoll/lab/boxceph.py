@@ -13,7 +13,27 @@ from atoll.rpc.contract import Report
 from atoll.runtime.clock import Clock
 
 DISK_SIZE = 8 << 30
-EFFECTS = "config unconfig client unclient mon unmon mgr unmgr osd unosd admit pool health settled hold release stop start dismiss".split()
+EFFECTS = [
+    "config",
+    "unconfig",
+    "client",
+    "unclient",
+    "mon",
+    "unmon",
+    "mgr",
+    "unmgr",
+    "osd",
+    "unosd",
+    "admit",
+    "pool",
+    "health",
+    "settled", "away",
+    "hold",
+    "release",
+    "stop",
+    "start",
+    "dismiss",
+]
 QUESTIONS = ("preflight", "status", "stops")
 #: Called before and after each effect with (node, step, phase); may raise or wait.
 CephFault = Callable[[str, str, str], Awaitable[None]]
@@ -222,6 +242,9 @@ class BoxCephSteps:
     async def _release(self, args: dict[str, Any], report: Report) -> Any:
         self._quorum()
         self._ceph.noout.discard(args["host"])
+
+    async def _away(self, args: dict[str, Any], report: Report) -> Any:
+        self._quorum()
 
     async def _stop(self, args: dict[str, Any], report: Report) -> Any:
         self._here.running -= set(args["daemons"])

@@ -197,6 +197,12 @@ class NodeAnswers(WrongState):
     code, default_hint = "node_answers", "leave --node-is-dead away"
 
 
+class StorageWouldStop(InUse):
+    """Without this node, the storage cluster could not serve its clients any more."""
+
+    code, default_hint = "storage_would_stop", "atoll storage status STORAGE"
+
+
 class PreflightFailed(WrongState):
     """Something on the nodes stands against it; all of it is named, and nothing was changed."""
 

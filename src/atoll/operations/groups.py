@@ -8,7 +8,7 @@ from atoll.jobs.context import JobContext
 from atoll.jobs.steps import Changes
 from atoll.model.errors import InUse, NotFound, WrongState
 from atoll.model.ids import new_id
-from atoll.model.objects import Cluster, Group, Instance, MachinePin, Node, Pool
+from atoll.model.objects import Cluster, Group, Instance, MachinePin, Node, Pool, StorageCluster
 from atoll.operations.common import check_new_name, frozen, locks, name_lock, prepare_tags, run_tags
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import AssignNodes, ClusterModify, GroupAdd, GroupModify, Nothing, Rename, TagsChange
@@ -69,6 +69,10 @@ def _prepare_remove(state: State, target: str, request: Nothing) -> Prepared:
         raise InUse(f"group {group.name} has nodes: {names}", hint=f"atoll group assign-nodes OTHER {nodes[0].name}")
     if len(state.store.all(Group)) == 1:
         raise InUse("the last group cannot be removed", hint="atoll group add OTHER")
+    if group.storage:
+        made = state.store.get(StorageCluster, group.storage)
+        if made is not None and made.layout:
+            raise InUse(f"group {group.name} has the storage cluster {made.name}", hint=f"atoll storage info {made.name}")
     pools = [pool for pool in state.store.all(Pool) if group.id in pool.groups]
     held = [group.resource, *(pool.resource for pool in pools)]
     return Prepared({"id": group.id}, locks(exclusive=held), f"remove group {group.name}")
@@ -79,7 +83,9 @@ async def _run_remove(job: JobContext, request: dict[str, Any]) -> Any:
         state: State = job.state
         pools = [p for p in state.store.all(Pool) if request["id"] in p.groups]
         cleared = [p.model_copy(update={"groups": tuple(g for g in p.groups if g != request["id"])}) for p in pools]
-        return Changes(put=[*cleared], delete=[state.store.require(Group, request["id"])])
+        group = state.store.require(Group, request["id"])
+        marked = state.store.get(StorageCluster, group.storage) if group.storage else None
+        return Changes(put=[*cleared], delete=[group, *([marked] if marked else [])])
 
     await job.commit()
     await job.write("remove", remove)
@@ -116,6 +122,15 @@ def _prepare_assign(state: State, target: str, request: AssignNodes) -> Prepared
         for instance in state.store.all(Instance):
             if node.id in state.claim(instance.id).nodes and node.group != group.id:
                 raise InUse(f"node {node.name} runs instance {instance.name} of another group", hint=f"atoll node evacuate {node.name}")
+        if node.group == group.id:
+            continue
+        if node.storage in ("joined", "stopped"):
+            raise InUse(f"node {node.name} has a part in its group's storage cluster", hint="docs/howto/build-a-ceph-cluster.md")
+        if group.storage and not node.offline:
+            raise WrongState(
+                f"group {group.name} has a storage cluster: only a node that is offline can be put into it",
+                hint=f"atoll node modify {node.name} --offline yes",
+            )
     held = [group.resource, *(node.resource for node in nodes)]
     return Prepared(
         {"id": group.id, "nodes": [n.id for n in nodes]},

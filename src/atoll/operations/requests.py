@@ -117,6 +117,8 @@ class NodeModify(Request):
 
     offline: bool | None = None
     drained: bool | None = None
+    #: Stop its part of a storage cluster even if guests could no longer read and write.
+    io_may_stop: bool = False
     roles: list[str] | None = None
     #: Where this node shall differ from its group's options for storage clusters, such as its disks; only before it has a part in one.
     storage_options: dict[str, dict[str, str]] = Field(default_factory=dict)

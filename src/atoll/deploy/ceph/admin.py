@@ -25,6 +25,8 @@ class Command:
     prefix: str
     words: dict[str, Any]
     input: str = ""
+    #: Whether the manager answers it, which may be away.
+    manager: bool = False
 
 
 class Refused(HostError):
@@ -50,7 +52,9 @@ async def ask(*commands: Command, pool: str = "", deadline: float = 30.0) -> lis
         "user": "admin",
         "timeout": TIMEOUT,
         "pool": pool,
-        "commands": [{"command": {"prefix": c.prefix, "format": "json", **c.words}, "input": c.input} for c in commands],
+        "commands": [
+            {"command": {"prefix": c.prefix, "format": "json", **c.words}, "input": c.input, "manager": c.manager} for c in commands
+        ],
     }
     argv = [sys.executable, "-m", "atoll.deploy.ceph.adminmain"]
     done = await process.run(argv, deadline=deadline, input=json.dumps(wanted), check=False)

@@ -1,7 +1,7 @@
 """A process of its own that puts commands to Ceph's monitors, as a user with a keyring: librados may hang, and this can be killed.
 
-Reads ``{"conf", "user", "commands": [{"command", "input"}], "pool"}`` on stdin and prints ``[{"rc", "out", "err"}]``; it stops after the
-first that fails. ``pool``: initialise it for RBD in the end.
+Reads ``{"conf", "user", "commands": [{"command", "input", "manager"}], "pool"}`` on stdin and prints ``[{"rc", "out", "err"}]``;
+it stops after the first that fails. ``pool``: initialise it for RBD in the end.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def main() -> None:
         sys.exit(3)
     answers: list[dict[str, Any]] = []
     for item in wanted["commands"]:
-        rc, out, err = cluster.mon_command(json.dumps(item["command"]), item.get("input", "").encode(), timeout=wanted["timeout"])
+        ask = cluster.mgr_command if item["manager"] else cluster.mon_command
+        rc, out, err = ask(json.dumps(item["command"]), item["input"].encode(), timeout=wanted["timeout"])
         answers.append({"rc": rc, "out": out.decode(errors="replace"), "err": err})
         if rc:
             break

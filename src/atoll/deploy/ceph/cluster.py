@@ -7,8 +7,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from atoll.deploy.ceph.admin import ask, command, look, until
+from atoll.deploy.ceph.admin import Command, Refused, ask, command, look, until
 from atoll.deploy.ceph.conf import keyring
+from atoll.model.errors import DeadlineExceeded, Unreachable
 from atoll.model.messages import Progress
 
 Report = Callable[[Progress], None]
@@ -100,3 +101,43 @@ async def status(args: dict[str, Any], report: Report) -> Any:
         "total": df["stats"]["total_bytes"],
         "used": df["stats"]["total_used_raw_bytes"],
     }
+
+
+async def stops(args: dict[str, Any], report: Report) -> Any:
+    """What would stop for clients if these daemons did: Ceph's own words, or why it cannot tell. Nothing is changed."""
+    found = []
+    for daemons, asked in (
+        (args["osds"], Command("osd ok-to-stop", {"ids": [str(number) for number in args["osds"]]}, manager=True)),
+        (args["mons"], Command("mon ok-to-stop", {"ids": args["mons"]})),
+    ):
+        try:
+            if daemons:
+                await ask(asked, deadline=30.0)
+        except Refused as error:
+            found.append(error.message)
+        except (Unreachable, DeadlineExceeded) as error:
+            found.append(f"Ceph does not tell whether it would: {error.message}")
+    return {"stops": found}
+
+
+async def hold(args: dict[str, Any], report: Report) -> Any:
+    """The node's OSDs count as coming back: their data is not copied elsewhere meanwhile."""
+    await ask(Command("osd set-group", {"flags": "noout", "who": [args["host"]]}))
+
+
+async def release(args: dict[str, Any], report: Report) -> Any:
+    """They count as others do again."""
+    await ask(Command("osd unset-group", {"flags": "noout", "who": [args["host"]]}))
+
+
+async def away(args: dict[str, Any], report: Report) -> Any:
+    """Until the others have noticed that these daemons are gone: whoever asks then what more may stop gets a true answer."""
+    mons, osds = set(args["mons"]), set(args["osds"])
+    if mons:
+        await until("quorum_status", lambda a: not mons & set(a["quorum_names"]), f"{', '.join(sorted(mons))} left the quorum", 60.0)
+
+    def down(answer: Any) -> bool:
+        return not any(osd["up"] for osd in answer["osds"] if osd["osd"] in osds)
+
+    if osds:
+        await until("osd dump", down, "its OSDs count as down", 60.0)

@@ -169,6 +169,48 @@ class CephPlanner:
         }
         return Planned(key="admit", node=first, step="admit", args=args, deadline=180.0, text="waiting for the monitors to agree")
 
+    # --- a node that goes away for a while ---
+
+    def stops(self, layout: Mapping[str, Any], name: str, teller: str) -> Planned:
+        """Ceph knows it best."""
+        made = Layout.model_validate(layout)
+        args = {"osds": [osd.number for osd in made.osds if osd.node == name], "mons": [name] if name in made.mons else []}
+        return Planned(key="what would stop", node=teller, step="stops", args=args)
+
+    def rest(self, layout: Mapping[str, Any], name: str, teller: str, *, hold: bool, wait: bool) -> list[list[Planned]]:
+        """No data is moved (noout), then OSDs, the manager and the monitor are stopped."""
+        made = Layout.model_validate(layout)
+        args = {"fsid": made.fsid, "daemons": daemons_of(made, name)}
+        stop = Planned(
+            key=f"stop/{name}",
+            node=made.hosts[name].id,
+            step="stop",
+            args=args,
+            undo="start",
+            undo_args=args,
+            text=f"stopping Ceph on {name}",
+        )
+        host = {"host": name}
+        first = Planned(key=f"hold/{name}", node=teller, step="hold", args=host, undo="release", undo_args=host, text=f"{name}: noout")
+        gone = {"mons": [name] if name in made.mons else [], "osds": [osd.number for osd in made.osds if osd.node == name]}
+        away = Planned(key=f"away/{name}", node=teller, step="away", args=gone, text=f"waiting until the others miss {name}")
+        return [*([[first]] if hold else []), [stop], *([[away]] if wait else [])]
+
+    def wake(self, layout: Mapping[str, Any], name: str, teller: str) -> list[list[Planned]]:
+        """The other way round."""
+        made = Layout.model_validate(layout)
+        args, host = {"fsid": made.fsid, "daemons": daemons_of(made, name)}, {"host": name}
+        start = Planned(
+            key=f"start/{name}",
+            node=made.hosts[name].id,
+            step="start",
+            args=args,
+            undo="stop",
+            undo_args=args,
+            text=f"starting Ceph on {name}",
+        )
+        return [[start], [Planned(key=f"release/{name}", node=teller, step="release", args=host, undo="hold", undo_args=host)]]
+
     def finished(self, layout: dict[str, Any], results: Results) -> dict[str, Any]:
         """The layout with the OSDs' numbers."""
         made = Layout.model_validate(layout)
@@ -254,6 +296,12 @@ def client_step(made: Layout, member: Member, secrets: Mapping[str, str]) -> Pla
         undo_args=undo,
         text=f"{member.name}: clients",
     )
+
+
+def daemons_of(made: Layout, name: str) -> list[str]:
+    """A node's daemons, in the order in which they are stopped."""
+    found = [f"osd.{osd.number}" for osd in made.osds if osd.node == name]
+    return found + [f"{kind}.{name}" for kind, names in (("mgr", made.mgrs), ("mon", made.mons)) if name in names]
 
 
 # --- choices ---

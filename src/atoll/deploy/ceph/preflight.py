@@ -82,7 +82,7 @@ async def _packages(facts: Facts) -> str:
 
 def _leftovers(facts: Facts, fsid: str) -> None:
     """Signs of a Ceph cluster that is not the one that is joined."""
-    if CONF.exists() and fsid_of(CONF) != fsid:
+    if CONF.exists() and (not fsid or fsid_of(CONF) != fsid):
         facts.problems.append(
             f"{CONF} exists: the node belongs to a Ceph cluster already, or did (remove the file if it is nothing to you)"
         )

@@ -62,6 +62,12 @@ class CephSteps:
             "pool": cluster.make_pool,
             "health": cluster.wait_health,
             "status": cluster.status,
+            "stops": cluster.stops,
+            "hold": cluster.hold,
+            "release": cluster.release,
+            "away": cluster.away,
+            "stop": self.stop,
+            "start": self.start,
             "keep": self.keep,
         }
 
@@ -149,6 +155,19 @@ class CephSteps:
         if number is not None:
             await self._daemons.stop("osd", number)
         await unmake_osd(args["uuid"], args["disk"], number)
+
+    async def stop(self, args: dict[str, Any], report: Report) -> Any:
+        """Daemons stopped, until ``start``; what they have is kept."""
+        for name in args["daemons"]:
+            report(Progress(text=f"stopping {name}"))
+            await self._daemons.stop(*name.split(".", 1))
+
+    async def start(self, args: dict[str, Any], report: Report) -> Any:
+        """Daemons started again. Errors: HostError, Conflict."""
+        check_fsid(args["fsid"])
+        for name in reversed(args["daemons"]):
+            report(Progress(text=f"starting {name}"))
+            await self._daemons.start(*name.split(".", 1))
 
     async def _gone(self, kind: str, ident: str, fsid: str) -> None:
         place = directory(kind, ident)
