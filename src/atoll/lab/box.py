@@ -223,6 +223,7 @@ class Box:
     async def power_cut(self, name: str) -> None:
         """Everything on the node is gone at once."""
         self.world.power_cut(name)
+        self.ceph.node(name).running.clear()
         await self.crash_agent(name)
         self._attached.pop(name, None)
         self.disks.forget_node(name)

@@ -72,6 +72,8 @@ class BoxCeph:
     keys: set[str] = field(default_factory=set)
     #: Why Ceph would say that I/O stops without a node; empty: it would not.
     stops: list[str] = field(default_factory=list)
+    #: Node -> seconds by which its clock is ahead.
+    skew: dict[str, float] = field(default_factory=dict)
     fault: CephFault | None = None
 
     def node(self, name: str) -> BoxNode:
@@ -129,7 +131,8 @@ class BoxCephSteps:
         if here.fsid and here.fsid != args["fsid"]:
             problems.append("/etc/ceph/ceph.conf exists")
         problems += [f"disk {disk} has data of another OSD" for disk in args["disks"] if disk in here.osds]
-        facts = Facts(problems=problems, version="16", hostname=self._name, clock=self._ceph.clock.now())
+        now = self._ceph.clock.now() + self._ceph.skew.get(self._name, 0.0)
+        facts = Facts(problems=problems, version="16", hostname=self._name, clock=now)
         facts.disks = dict.fromkeys(args["disks"], DISK_SIZE)
         return facts.model_dump(mode="json")
 
