@@ -309,6 +309,12 @@ class HostError(AtollError):
     code, status, exit_code, default_hint = "host_error", 500, 9, "look at the message and the log of the agent"
 
 
+class StorageRefused(HostError):
+    """A storage cluster has refused a command; its words are in the message."""
+
+    code, default_hint = "storage_refused", "atoll storage status STORAGE"
+
+
 class StoreError(AtollError):
     """The store cannot be used."""
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from atoll.model.errors import AtollError, DeadlineExceeded, HostError, Unreachable
+from atoll.model.errors import AtollError, DeadlineExceeded, HostError, StorageRefused, Unreachable
 from atoll.runtime import process
 
 CONF = "/etc/ceph/ceph.conf"
@@ -29,24 +29,16 @@ class Command:
     manager: bool = False
 
 
-class Refused(HostError):
-    """Ceph has refused a command; ``errno`` says why."""
-
-    code = "ceph_refused"
-    default_hint = "ceph -s on a monitor's node"
-
-    def __init__(self, message: str = "", *, hint: str | None = None, **details: Any) -> None:
-        super().__init__(message, hint=hint, **details)
-        self.errno = int(details.get("errno", 0))
-
-
 def command(prefix: str, input: str = "", **words: Any) -> Command:
     """A command such as ``osd pool create``."""
     return Command(prefix, words, input)
 
 
 async def ask(*commands: Command, pool: str = "", deadline: float = 30.0) -> list[str]:
-    """Put commands, in order; what each printed. Errors: Refused (Ceph's words), Unreachable (no monitor answers), DeadlineExceeded."""
+    """Put commands, in order; what each printed.
+
+    Errors: StorageRefused (Ceph's words), Unreachable (no monitor answers), DeadlineExceeded.
+    """
     wanted = {
         "conf": CONF,
         "user": "admin",
@@ -67,7 +59,7 @@ async def ask(*commands: Command, pool: str = "", deadline: float = 30.0) -> lis
         if answer["rc"]:
             number = abs(answer["rc"])
             words = answer["err"] or errno.errorcode.get(number, str(number))
-            raise Refused(f"Ceph refused {asked.prefix!r}: {words}", errno=number)
+            raise StorageRefused(f"Ceph refused {asked.prefix!r}: {words}", errno=number)
     return [answer["out"] for answer in answers]
 
 

@@ -7,9 +7,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from atoll.deploy.ceph.admin import Command, Refused, ask, command, look, until
+from atoll.deploy.ceph.admin import Command, ask, command, look, until
 from atoll.deploy.ceph.conf import keyring
-from atoll.model.errors import DeadlineExceeded, Unreachable
+from atoll.model.errors import DeadlineExceeded, StorageRefused, Unreachable
 from atoll.model.messages import Progress
 
 Report = Callable[[Progress], None]
@@ -113,7 +113,7 @@ async def stops(args: dict[str, Any], report: Report) -> Any:
         try:
             if daemons:
                 await ask(asked, deadline=30.0)
-        except Refused as error:
+        except StorageRefused as error:
             found.append(error.message)
         except (Unreachable, DeadlineExceeded) as error:
             found.append(f"Ceph does not tell whether it would: {error.message}")
