@@ -153,8 +153,8 @@ def drivers() -> str:
 def storage_clusters() -> str:
     lines = [
         "What `atoll storage init -s TYPE GROUP` makes, and what can be said of it before: `-S TYPE:KEY=VALUE` of `atoll cluster init`",
-        "and `cluster modify` holds for all, that of `group modify` for a group, that of `node modify` for a node. Once the storage cluster",
-        "is made, these can no longer change.",
+        "and `cluster modify` holds for all, that of `group modify` for a group, that of `node modify` for a node. Once the storage",
+        "cluster is made, these can no longer change.",
         "",
     ]
     for info in kinds.kinds():

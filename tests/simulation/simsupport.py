@@ -529,6 +529,19 @@ async def with_ceph(box: Box) -> None:
     await box.do("storage.init", "default", type="ceph")
 
 
+async def with_ceph_of_two(box: Box) -> None:
+    """Two nodes, one monitor: with the third there are three."""
+    await with_disks(box)
+    await box.do("group.add", name="away")
+    await box.do("group.assign-nodes", "away", nodes=["node3"])
+    await box.do("storage.init", "default", type="ceph")
+    await box.do("node.modify", "node3", offline=True)
+    await box.do("group.assign-nodes", "default", nodes=["node3"])
+    # Not by way of the operation, after which it would join by itself.
+    record = box.master.state.store.find(Node, "node3")
+    await box.master.state.store.write(put=[record.model_copy(update={"offline": False, "ready": True})])
+
+
 async def with_ceph_stopped(box: Box) -> None:
     await with_ceph(box)
     await box.do("node.modify", "node2", offline=True)
@@ -587,6 +600,7 @@ STORIES = [
     Story("node-evacuate", "node.evacuate", "node1", {}, two_running, ends=MIGRATES, partial=True),
     Story("node-failover-dead", "node.failover", "node1", {"node_is_dead": True}, dead_node, frees=True, partial=True),
     Story("storage-init", "storage.init", "default", {"type": "ceph"}, with_disks),
+    Story("node-join-storage", "node.join-storage", "node3", {}, with_ceph_of_two),
     Story("node-offline-storage", "node.modify", "node2", {"offline": True}, with_ceph),
     Story("node-online-storage", "node.modify", "node2", {"offline": False}, with_ceph_stopped),
     Story("restart-missing", "instance.restart-missing", "web1", {}, missing, internal=True),

@@ -311,6 +311,8 @@ CASES: list[tuple[str, Sent]] = [
     ("gnt-group modify -S ceph:name=slow default", ("group.modify", "default", {"storage_options": {"ceph": {"name": "slow"}}})),
     ("gnt-node modify -S ceph:disk=/dev/sdd node1", ("node.modify", "node1", {"storage_options": {"ceph": {"disk": "/dev/sdd"}}})),
     ("atoll node modify node1 --offline yes --io-may-stop", ("node.modify", "node1", {"offline": True, "io_may_stop": True})),
+    ("atoll storage join node1", ("node.join-storage", "node1", {})),
+    ("gnt-node add --readd node1", ("node.modify", "node1", {"offline": False})),
     ("gnt-storage check images", ("pool.check", "images", {})),
 ]
 

@@ -78,11 +78,22 @@ def token(name: str, group: str | None, rejoin: bool, format: str) -> None:
 @click.option("--master", metavar="URL", help="This master's address as the node sees it.")
 @click.option("--ssh", metavar="[USER@]HOST", help="Let it join right now, over ssh.")
 @_rejoin_option
+@click.option("--readd", is_flag=True, help="A node that was offline is back: its part of a storage cluster is started, too.")
 @set_option
 def add(
-    name: str, group: str | None, address: str | None, master: str | None, ssh: str | None, rejoin: bool, overrides: tuple[str, ...]
+    name: str,
+    group: str | None,
+    address: str | None,
+    master: str | None,
+    ssh: str | None,
+    rejoin: bool,
+    readd: bool,
+    overrides: tuple[str, ...],
 ) -> None:
     """Add a node: prints a token and what to type there; with --ssh does it."""
+    if readd:
+        work.run("node", "modify", name, {"offline": False})
+        return
     url = master or _master_url()
     address = address or (ssh.rpartition("@")[2] if ssh else None)
     if rejoin and not address:

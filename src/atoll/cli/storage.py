@@ -54,6 +54,14 @@ def _show_plan(group: str, kind: str, format: str) -> None:
 
 
 @storage.command()
+@target("node")
+@job_options
+def join(target: str, **options: Any) -> None:
+    """Let NODE have a part in its group's storage cluster. Its disks (-S) are erased. After node add this is done by itself."""
+    work.run("node", "join-storage", target, {}, **options)
+
+
+@storage.command()
 @target("storage")
 @format_option
 def status(target: str, format: str) -> None:

@@ -115,6 +115,24 @@ class Planner(Protocol):
     def make(self, members: list[Member], layout: dict[str, Any], secrets: Mapping[str, str], results: Results) -> Iterator[list[Planned]]:
         """The phases that make it. ``results``: key -> result of the steps of earlier phases, filled in between by the caller."""
 
+    def grown(
+        self, layout: Mapping[str, Any], members: list[Member], facts: Mapping[str, Facts], uuid: Callable[[], str]
+    ) -> dict[str, Any]:
+        """The layout with those members of the group that are not in it yet. Errors: InvalidInput."""
+
+    def more_secrets(self, layout: Mapping[str, Any], grown: Mapping[str, Any]) -> dict[str, str]:
+        """New keys for what has come. Not pure."""
+
+    def grow(
+        self,
+        members: list[Member],
+        layouts: tuple[Mapping[str, Any], Mapping[str, Any]],
+        secrets: Mapping[str, str],
+        results: Results,
+        teller: str,
+    ) -> Iterator[list[Planned]]:
+        """The phases that lead from the first layout to the second, while clients go on. ``teller``: the id of a node that can tell."""
+
     def stops(self, layout: Mapping[str, Any], name: str, teller: str) -> Planned:
         """The question, for the node ``teller`` (id), what would stop for clients without the node; its answer has ``stops``, in words."""
 

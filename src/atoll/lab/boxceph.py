@@ -27,7 +27,11 @@ EFFECTS = [
     "admit",
     "pool",
     "health",
-    "settled", "away",
+    "settled",
+    "quorum",
+    "leavemon",
+    "reclient",
+    "away",
     "hold",
     "release",
     "stop",
@@ -45,8 +49,8 @@ class BoxNode:
 
     fsid: str = ""
     admin: bool = False
-    #: Storage cluster's name -> its fsid, for clients.
-    clients: dict[str, str] = field(default_factory=dict)
+    #: Storage cluster's name -> its fsid, and with what it came.
+    clients: dict[str, tuple[str, str]] = field(default_factory=dict)
     mon: str = ""
     mgr: str = ""
     #: Disk -> the uuid of the OSD on it.
@@ -96,7 +100,7 @@ class BoxCephSteps:
         return {f"ceph.{step}": self._with_faults(step) for step in (*EFFECTS, *QUESTIONS)}
 
     def _with_faults(self, step: str) -> Handler:
-        do: Handler = getattr(self, f"_{step}")
+        do: Handler = self._quorum_of if step == "quorum" else getattr(self, f"_{step}")
         if step in QUESTIONS:
             return do
 
@@ -130,6 +134,8 @@ class BoxCephSteps:
         problems = [*here.problems]
         if here.fsid and here.fsid != args["fsid"]:
             problems.append("/etc/ceph/ceph.conf exists")
+        if here.fsid and here.fsid == args["fsid"] and here.running:
+            problems.append("it has daemons already")
         problems += [f"disk {disk} has data of another OSD" for disk in args["disks"] if disk in here.osds]
         now = self._ceph.clock.now() + self._ceph.skew.get(self._name, 0.0)
         facts = Facts(problems=problems, version="16", hostname=self._name, clock=now)
@@ -149,11 +155,12 @@ class BoxCephSteps:
             self._here.fsid, self._here.admin = "", False
 
     async def _client(self, args: dict[str, Any], report: Report) -> Any:
-        self._here.clients[args["name"]] = args["fsid"]
+        self._here.clients.setdefault(args["name"], (args["fsid"], args["mark"]))
         self._ceph.keys |= set(args["users"].values())
 
     async def _unclient(self, args: dict[str, Any], report: Report) -> Any:
-        self._here.clients.pop(args["name"], None)
+        if self._here.clients.get(args["name"]) == (args["fsid"], args["mark"]):
+            del self._here.clients[args["name"]]
 
     async def _mon(self, args: dict[str, Any], report: Report) -> Any:
         here = self._check(args["fsid"])
@@ -171,6 +178,17 @@ class BoxCephSteps:
                 self._ceph.users.clear()
                 self._ceph.pools.clear()
                 self._ceph.noout.clear()
+
+    async def _leavemon(self, args: dict[str, Any], report: Report) -> Any:
+        self._quorum()
+        await self._unmon(args, report)
+
+    async def _quorum_of(self, args: dict[str, Any], report: Report) -> Any:
+        if not set(args["mons"]) <= set(self._ceph.monitors()):
+            raise Unreachable("the monitors do not agree")
+
+    async def _reclient(self, args: dict[str, Any], report: Report) -> Any:
+        assert self._here.clients[args["name"]][0] == args["fsid"]
 
     async def _mgr(self, args: dict[str, Any], report: Report) -> Any:
         here = self._check(args["fsid"])

@@ -29,6 +29,7 @@ from atoll.model.objects import DeathProof, Hold, Job, Node, Pool, Stored, Volum
 from atoll.operations.all import OPERATIONS
 from atoll.operations.registry import operation as find_operation
 from atoll.operations.state import State
+from atoll.operations.storage_rest import cluster_of
 from atoll.operations.storages import storage_status
 from atoll.rpc.agents import Agents
 from atoll.rpc.contract import Transport
@@ -81,6 +82,8 @@ class MasterLeader:
         self._verifier = Verifier(self._state, self.agents, self.engine)
         self._inspector = Inspector(self._state, self.agents)
         self._tasks: list[asyncio.Task[None]] = []
+        #: Nodes whose part of a storage cluster this master has tried to make.
+        self._storage_asked: set[str] = set()
         self._ready, self._all_heard = asyncio.Event(), asyncio.Event()
         self._readmitted: dict[str, float] = {}
         self._welcomed: dict[str, float] = {}
@@ -241,7 +244,15 @@ class MasterLeader:
         elif not record.ready and not busy and now >= self._welcomed.get(node, 0.0):
             self._welcomed[node] = now + READMIT_PAUSE
             await self.submit_internal("node.welcome", node)
+        elif record.storage == "wanted" and not record.offline and not busy and self._may_join_storage(record):
+            self._storage_asked.add(node)
+            await self.submit_internal("node.join-storage", node)
         return await self._answer(node)
+
+    def _may_join_storage(self, node: Node) -> bool:
+        """Once by itself; if that fails, a person looks, and repeats it."""
+        cluster = cluster_of(self._state, node)
+        return node.id not in self._storage_asked and cluster is not None and not self.engine.busy(cluster.resource)
 
     async def _answer(self, node: str) -> dict[str, Any]:
         """What the node learns: who leads, and whether it counts as dead. A proof that is just being written counts."""

@@ -17,6 +17,7 @@ from atoll.operations import (
     instance_settle,
     nodes,
     pools,
+    storage_join,
     storages,
     volumes,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "instance_settle",
     "nodes",
     "pools",
+    "storage_join",
     "storages",
     "volumes",
 ]

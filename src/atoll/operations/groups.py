@@ -144,7 +144,7 @@ async def _run_assign(job: JobContext, request: dict[str, Any]) -> Any:
         nodes = [job.state.store.require(Node, n) for n in request["nodes"]]
         # A node that changes its group prepares the pools of the new one before it takes instances.
         moved = [n for n in nodes if n.group != request["id"]]
-        return Changes(put=[n.model_copy(update={"group": request["id"], "ready": False}) for n in moved])
+        return Changes(put=[n.model_copy(update={"group": request["id"], "ready": False, "storage": ""}) for n in moved])
 
     await job.commit()
     await job.write("assign", assign)

@@ -64,6 +64,9 @@ async def _run_modify(job: JobContext, request: dict[str, Any]) -> Any:
             update["roles"] = tuple(sorted(request["roles"]))
         if storage:
             update["storage"] = storage
+        elif request["offline"] is False and node.offline and not node.storage and cluster_of(job.state, node) is not None:
+            # It was put into the group while it was offline: now it joins.
+            update["storage"] = "wanted"
         if request.get("storage_options", {}):
             update["storage_options"] = merged(node.storage_options, request.get("storage_options", {}))
         return Changes(put=[node.model_copy(update=update)])

@@ -153,6 +153,10 @@ class NodeDeclareDead(Request):
 # --- storage clusters ---
 
 
+class NodeJoinStorage(Request):
+    """Let the node have a part in its group's storage cluster. Its disks (-S of cluster, group and node) are erased."""
+
+
 class StorageInit(Request):
     """Make a storage cluster of the nodes of a group; a group without nodes is only marked."""
 

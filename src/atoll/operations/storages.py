@@ -100,26 +100,28 @@ async def _run_init(job: JobContext, request: dict[str, Any]) -> Any:
         await job.write("mark", lambda: _marked(job.state, record, {}))
         return {"storage": record.id, "name": record.name, "marked": True}
     facts = await look(job, planner, kind, members, {})
-    layout = await job.read("layout", lambda: planner.layout(members, facts, lambda: _uuid(job.state)))
+    layout = await job.read("layout", lambda: planner.layout(members, facts, lambda: new_uuid(job.state)))
     context = f"storage:{record.id}"
-    sealed = await job.read("keys", lambda: _seal(job.state, planner.secrets(layout), context))
+    sealed = await job.read("keys", lambda: seal(job.state, planner.secrets(layout), context))
     secrets = json.loads(job.state.secrets.open(sealed, context))
     results: dict[str, Any] = {}
     for number, phase in enumerate(planner.make(members, layout, secrets, results)):
         await carry_out(job, kind, phase, results, (10 + 12 * number, 22 + 12 * number))
     layout = planner.finished(layout, results)
-    kept = await job.read("keys that are kept", lambda: _seal(job.state, planner.kept(secrets), context))
+    kept = await job.read("keys that are kept", lambda: seal(job.state, planner.kept(secrets), context))
     await job.commit()
     done = record.model_copy(update={"layout": layout, "keys": kept})
     await job.write("record", lambda: _marked(job.state, done, planner.roles(layout)))
     return {"storage": record.id, "name": record.name, **planner.outcome(layout, results)}
 
 
-def _uuid(state: State) -> str:
+def new_uuid(state: State) -> str:
+    """A random one, from the master's own source of chance."""
     return str(uuid.UUID(int=state.rng.getrandbits(128), version=4))
 
 
-def _seal(state: State, secrets: Mapping[str, str], context: str) -> str:
+def seal(state: State, secrets: Mapping[str, str], context: str) -> str:
+    """Keys as the store and the journal may have them."""
     return state.secrets.seal(json.dumps(dict(secrets)).encode(), context)
 
 

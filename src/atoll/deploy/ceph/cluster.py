@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 from collections.abc import Callable
 from typing import Any
@@ -141,3 +142,42 @@ async def away(args: dict[str, Any], report: Report) -> Any:
 
     if osds:
         await until("osd dump", down, "its OSDs count as down", 60.0)
+
+
+async def quorum(args: dict[str, Any], report: Report) -> Any:
+    """Until these monitors agree."""
+    wanted = set(args["mons"])
+    await until("quorum_status", lambda a: wanted <= set(a["quorum_names"]), f"{', '.join(sorted(wanted))} agree", 150.0)
+
+
+async def settled(args: dict[str, Any], report: Report) -> Any:
+    """Until these OSDs are up; Ceph brings data to them while clients go on. Gives what ``health`` gives."""
+    wanted = set(args["osds"])
+    await until("osd dump", lambda a: wanted <= {osd["osd"] for osd in a["osds"] if osd["up"]}, "its OSDs are up", 240.0)
+    found = await look("health", detail="detail")
+    return {"health": found["status"], "checks": checks(found)}
+
+
+async def dismiss(args: dict[str, Any], report: Report) -> Any:
+    """OSDs, managers and hosts that the monitors shall forget; not known is success. The daemons must have been stopped.
+
+    Errors: DeadlineExceeded when an OSD still counts as up.
+    """
+    uuids = set(args["osds"])
+    if uuids:
+
+        def down(answer: Any) -> bool:
+            return not any(osd["up"] for osd in answer["osds"] if osd["uuid"] in uuids)
+
+        dump = await until("osd dump", down, "its OSDs count as down", 90.0)
+        numbers = [osd["osd"] for osd in dump["osds"] if osd["uuid"] in uuids]
+        await ask(*(Command("osd purge-actual", {"id": number, "yes_i_really_mean_it": True}) for number in numbers))
+    for name in args["mgrs"]:
+        await ask(command("auth rm", entity=f"mgr.{name}"))
+    for host in args["hosts"]:
+        try:
+            await ask(command("osd crush rm", name=host))
+        except StorageRefused as error:
+            # It has other OSDs, or was never there.
+            if error.details.get("errno") not in (errno.ENOTEMPTY, errno.ENOENT):
+                raise

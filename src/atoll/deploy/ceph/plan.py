@@ -7,20 +7,27 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from atoll.deploy.ceph import conf, words
+from atoll.deploy.ceph import conf, growing, words
 from atoll.deploy.ceph.info import INFO
-from atoll.deploy.ceph.layout import Host, Layout, Osd, mon_address
+from atoll.deploy.ceph.layout import Host, Layout, Osd
 from atoll.deploy.ceph.options import Network, Options, parse, within
+from atoll.deploy.ceph.planned import (
+    CLIENTS,
+    CONTROLLER,
+    NODE_USER,
+    admit_step,
+    client_step,
+    config_step,
+    daemons_of,
+    mgr_step,
+    mon_step,
+    osd_step,
+)
 from atoll.deploy.contract import Facts, Member, Planned, Preview, Results
 from atoll.model.errors import InvalidInput
 
-#: Ceph users: who manages images, and who only opens them.
-CONTROLLER, NODE_USER = "client.atoll", "client.atoll-node"
 #: PGs of the pool: for so many copies of PGs per OSD, and within these bounds.
 PGS_PER_OSD, FEWEST_PGS, MOST_PGS = 50, 16, 1024
-#: What all daemons of a cluster may differ by: their clocks, in seconds (Ceph's own ``mon_clock_drift_allowed``).
-CLOCK_DRIFT = 0.05
-CLIENTS = "/etc/atoll/ceph"
 
 
 class CephPlanner:
@@ -42,6 +49,8 @@ class CephPlanner:
         mons = monitors(members, parse(_shared(members))) if not layout else []
         found = {}
         for member in _inside(members):
+            if member.name in layout.get("hosts", {}):
+                continue
             options = parse(member.options)
             ports = [3300, 6789] if member.name in mons else []
             networks = {"public_network": options.public_network, "cluster_network": options.cluster_network}
@@ -142,7 +151,7 @@ class CephPlanner:
         first = made.hosts[made.mons[0]].id
         yield [config_step(made, name, secrets) for name in made.hosts]
         yield [mon_step(made, name, secrets) for name in made.mons]
-        yield [self._admit(made, first, secrets)]
+        yield [admit_step(made, first, secrets, made.mons, made.mgrs, made.osds)]
         numbers: dict[str, int] = results["admit"]["osds"]
         yield [
             *(mgr_step(made, name, secrets) for name in made.mgrs),
@@ -154,20 +163,43 @@ class CephPlanner:
         yield [Planned(key="health", node=first, step="health", args=where, deadline=600.0, text="waiting for Ceph's health")]
         yield [client_step(made, member, secrets) for member in members]
 
-    def _admit(self, made: Layout, first: str, secrets: Mapping[str, str]) -> Planned:
-        rbd = f"profile rbd pool={made.pool}"
-        users = {
-            CONTROLLER: {"mon": 'profile rbd, allow command "osd blocklist"', "mgr": rbd, "osd": rbd},
-            NODE_USER: {"mon": "allow r", "osd": rbd},
-            **{f"mgr.{name}": {"mon": "allow profile mgr", "osd": "allow *", "mds": "allow *"} for name in made.mgrs},
-        }
-        args = {
-            "fsid": made.fsid,
-            "mons": made.mons,
-            "users": [{"entity": name, "caps": caps, "key": secrets[name]} for name, caps in users.items()],
-            "osds": [{"uuid": osd.uuid, "key": secrets[osd.uuid]} for osd in made.osds],
-        }
-        return Planned(key="admit", node=first, step="admit", args=args, deadline=180.0, text="waiting for the monitors to agree")
+    # --- nodes that join ---
+
+    def grown(
+        self, layout: Mapping[str, Any], members: list[Member], facts: Mapping[str, Facts], uuid: Callable[[], str]
+    ) -> dict[str, Any]:
+        """With their disks; and as many monitors as a new cluster of this size would have."""
+        old, inside = Layout.model_validate(layout), _inside(members)
+        options = parse(_shared(inside))
+        fresh = [m for m in inside if m.name not in old.hosts]
+        hosts = {**old.hosts, **{m.name: _host(m, facts.get(m.id), options) for m in fresh}}
+        hosts = {name: hosts[name] for name in sorted(hosts, key=_natural)}
+        osds = [*old.osds, *(Osd(uuid=uuid(), node=m.name, disk=disk) for m in fresh for disk in parse(m.options).disks)]
+        lacking = max(0, _monitors_of(len(hosts), options) - len(old.mons))
+        able = [m.name for m in inside if m.name not in old.mons]
+        # All of them or none: their number stays odd.
+        mons = [*old.mons, *(able[:lacking] if len(able) >= lacking else [])]
+        mgrs = [*old.mgrs, *(m.name for m in fresh)][: max(2, len(old.mgrs))]
+        return old.model_copy(update={"hosts": hosts, "osds": osds, "mons": mons, "mgrs": mgrs}).model_dump(mode="json")
+
+    def more_secrets(self, layout: Mapping[str, Any], grown: Mapping[str, Any]) -> dict[str, str]:
+        """Keys of new managers and OSDs."""
+        old, new = Layout.model_validate(layout), Layout.model_validate(grown)
+        known = {f"mgr.{name}" for name in old.mgrs} | {osd.uuid for osd in old.osds}
+        names = [*(f"mgr.{name}" for name in new.mgrs), *(osd.uuid for osd in new.osds)]
+        return {name: conf.new_key() for name in names if name not in known}
+
+    def grow(
+        self,
+        members: list[Member],
+        layouts: tuple[Mapping[str, Any], Mapping[str, Any]],
+        secrets: Mapping[str, str],
+        results: Results,
+        teller: str,
+    ) -> Iterator[list[Planned]]:
+        """See ``growing``."""
+        old, new = (Layout.model_validate(one) for one in layouts)
+        return growing.phases(members, old, new, secrets, results, teller)
 
     # --- a node that goes away for a while ---
 
@@ -213,11 +245,9 @@ class CephPlanner:
 
     def finished(self, layout: dict[str, Any], results: Results) -> dict[str, Any]:
         """The layout with the OSDs' numbers."""
-        made = Layout.model_validate(layout)
-        numbers = results["admit"]["osds"]
-        return made.model_copy(update={"osds": [o.model_copy(update={"number": numbers[o.uuid]}) for o in made.osds]}).model_dump(
-            mode="json"
-        )
+        made, numbers = Layout.model_validate(layout), results["admit"]["osds"]
+        osds = [o if o.number is not None else o.model_copy(update={"number": numbers[o.uuid]}) for o in made.osds]
+        return made.model_copy(update={"osds": osds}).model_dump(mode="json")
 
     def outcome(self, layout: Mapping[str, Any], results: Results) -> dict[str, Any]:
         """What people are told."""
@@ -230,78 +260,6 @@ class CephPlanner:
             "monitors": made.mons,
             "next": f"atoll pool add NAME -t rbd {options} -O node_keyring={CLIENTS}/{made.name}.{NODE_USER}.keyring",
         }
-
-
-def config_step(made: Layout, name: str, secrets: Mapping[str, str]) -> Planned:
-    """Ceph's configuration of a node; the administrator's key only where a monitor is, whose root has everything anyway."""
-    args: dict[str, Any] = {"fsid": made.fsid, "conf": conf.node(made, name)}
-    if name in made.mons:
-        args["admin"] = secrets["client.admin"]
-    undo = {"fsid": made.fsid}
-    return Planned(
-        key=f"config/{name}", node=made.hosts[name].id, step="config", args=args, undo="unconfig", undo_args=undo, text=f"{name}: files"
-    )
-
-
-def mon_step(made: Layout, name: str, secrets: Mapping[str, str]) -> Planned:
-    """A monitor of a new cluster."""
-    args = {
-        "fsid": made.fsid,
-        "id": name,
-        "mons": {mon: mon_address(made.hosts[mon].public) for mon in made.mons},
-        "key": secrets["mon."],
-        "admin": secrets["client.admin"],
-    }
-    undo = {"fsid": made.fsid, "id": name}
-    return Planned(
-        key=f"mon/{name}", node=made.hosts[name].id, step="mon", args=args, undo="unmon", undo_args=undo, text=f"{name}: monitor"
-    )
-
-
-def mgr_step(made: Layout, name: str, secrets: Mapping[str, str]) -> Planned:
-    """A manager."""
-    args = {"fsid": made.fsid, "id": name, "key": secrets[f"mgr.{name}"]}
-    undo = {"fsid": made.fsid, "id": name}
-    return Planned(
-        key=f"mgr/{name}", node=made.hosts[name].id, step="mgr", args=args, undo="unmgr", undo_args=undo, text=f"{name}: manager"
-    )
-
-
-def osd_step(made: Layout, osd: Osd, number: int, secrets: Mapping[str, str]) -> Planned:
-    """An OSD on its disk."""
-    where = {"fsid": made.fsid, "uuid": osd.uuid, "disk": osd.disk}
-    return Planned(
-        key=f"osd/{osd.node}{osd.disk}",
-        node=made.hosts[osd.node].id,
-        step="osd",
-        args={**where, "number": number, "key": secrets[osd.uuid]},
-        undo="unosd",
-        undo_args=where,
-        deadline=300.0,
-        text=f"{osd.node}: OSD on {osd.disk}",
-    )
-
-
-def client_step(made: Layout, member: Member, secrets: Mapping[str, str]) -> Planned:
-    """What clients on a node need; the key that manages images only where storage is managed."""
-    users = {NODE_USER: secrets[NODE_USER], **({CONTROLLER: secrets[CONTROLLER]} if member.controller else {})}
-    args = {"fsid": made.fsid, "name": made.name, "conf": conf.client(made, CLIENTS), "users": users}
-    undo = {"fsid": made.fsid, "name": made.name}
-    return Planned(
-        key=f"client/{member.name}",
-        node=member.id,
-        step="client",
-        args=args,
-        undo="unclient",
-        undo_args=undo,
-        text=f"{member.name}: clients",
-    )
-
-
-def daemons_of(made: Layout, name: str) -> list[str]:
-    """A node's daemons, in the order in which they are stopped."""
-    found = [f"osd.{osd.number}" for osd in made.osds if osd.node == name]
-    return found + [f"{kind}.{name}" for kind, names in (("mgr", made.mgrs), ("mon", made.mons)) if name in names]
 
 
 # --- choices ---
@@ -321,10 +279,14 @@ def pg_num(osds: int, size: int) -> int:
 def monitors(members: list[Member], options: Options) -> list[str]:
     """Where monitors are: an odd number of nodes, the first by name."""
     names = [member.name for member in _inside(members)]
-    number = options.monitors or (5 if len(names) >= 5 else 3 if len(names) >= 3 else 1)
+    number = _monitors_of(len(names), options)
     if number > len(names):
         raise InvalidInput(f"{number} monitors need {number} nodes, and there are {len(names)}", hint=f"-S {INFO.name}:monitors=1")
     return names[:number]
+
+
+def _monitors_of(nodes: int, options: Options) -> int:
+    return options.monitors or (5 if nodes >= 5 else 3 if nodes >= 3 else 1)
 
 
 def _inside(members: list[Member]) -> list[Member]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from atoll.deploy.ceph import cluster, preflight
+from atoll.deploy.ceph.admin import ask, command
 from atoll.deploy.ceph.conf import keyring
 from atoll.deploy.ceph.daemons import Daemons, directory, settle_in
 from atoll.deploy.ceph.mons import make_mon
@@ -22,6 +23,7 @@ from atoll.runtime.files import write_durably
 
 Report = Callable[[Progress], None]
 ETC = Path("/etc/ceph")
+_CAME_WITH = "# came with: "
 ADMIN = ETC / "ceph.client.admin.keyring"
 ALL = {"mon": "allow *", "osd": "allow *", "mgr": "allow *", "mds": "allow *"}
 
@@ -36,6 +38,20 @@ def check_fsid(fsid: str) -> None:
     found = preflight.fsid_of(preflight.CONF)
     if preflight.CONF.exists() and found != fsid:
         raise Conflict(f"{preflight.CONF} is of another Ceph cluster ({found or 'it does not say which'})")
+
+
+def _marked(text: str, mark: str) -> str:
+    """A configuration that says with what it came."""
+    return f"{text}{_CAME_WITH}{mark}\n"
+
+
+def _mark_of(path: Path) -> str:
+    """With what it came; empty: there is none."""
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.removeprefix(_CAME_WITH) for line in lines if line.startswith(_CAME_WITH)), "")
 
 
 class CephSteps:
@@ -54,11 +70,16 @@ class CephSteps:
             "unclient": self.unclient,
             "mon": self.mon,
             "unmon": self.unmon,
+            "leavemon": self.leavemon,
+            "reclient": self.reclient,
             "mgr": self.mgr,
             "unmgr": self.unmgr,
             "osd": self.osd,
             "unosd": self.unosd,
             "admit": cluster.admit,
+            "dismiss": cluster.dismiss,
+            "quorum": cluster.quorum,
+            "settled": cluster.settled,
             "pool": cluster.make_pool,
             "health": cluster.wait_health,
             "status": cluster.status,
@@ -87,8 +108,10 @@ class CephSteps:
         ETC.mkdir(mode=0o755, exist_ok=True)
         settle_in()
         write_durably(preflight.CONF, args["conf"], 0o644)
-        if "admin" in args:
+        if args.get("admin"):
             write_durably(ADMIN, keyring("client.admin", args["admin"], ALL), 0o600)
+        elif "admin" in args:
+            ADMIN.unlink(missing_ok=True)
 
     async def unconfig(self, args: dict[str, Any], report: Report) -> Any:
         """Remove them if they are this cluster's."""
@@ -103,14 +126,20 @@ class CephSteps:
         if path.exists() and preflight.fsid_of(path) != args["fsid"]:
             raise Conflict(f"{path} is of another Ceph cluster", hint=f"move {path} away if it is nothing to you")
         self._clients.mkdir(mode=0o755, parents=True, exist_ok=True)
-        write_durably(path, args["conf"], 0o644)
+        write_durably(path, _marked(args["conf"], _mark_of(path) or args["mark"]), 0o644)
         for entity, key in args["users"].items():
             write_durably(self._clients / f"{args['name']}.{entity}.keyring", keyring(entity, key), 0o640)
 
-    async def unclient(self, args: dict[str, Any], report: Report) -> Any:
-        """Remove them if they are this cluster's."""
+    async def reclient(self, args: dict[str, Any], report: Report) -> Any:
+        """Another configuration for clients that have one already."""
         path = self._clients / f"{args['name']}.conf"
         if preflight.fsid_of(path) == args["fsid"]:
+            write_durably(path, _marked(args["conf"], _mark_of(path)), 0o644)
+
+    async def unclient(self, args: dict[str, Any], report: Report) -> Any:
+        """Remove them if this very step has brought them."""
+        path = self._clients / f"{args['name']}.conf"
+        if preflight.fsid_of(path) == args["fsid"] and _mark_of(path) == args["mark"]:
             for found in self._clients.glob(f"{args['name']}.client.*.keyring"):
                 found.unlink(missing_ok=True)
             path.unlink(missing_ok=True)
@@ -125,6 +154,12 @@ class CephSteps:
 
     async def unmon(self, args: dict[str, Any], report: Report) -> Any:
         """Stopped, and its data removed."""
+        await self._gone("mon", args["id"], args["fsid"])
+
+    async def leavemon(self, args: dict[str, Any], report: Report) -> Any:
+        """The others go on without it; then stopped, and its data removed."""
+        if preflight.fsid_of(preflight.CONF) == args["fsid"] and ADMIN.exists():
+            await ask(command("mon rm", name=args["id"]), deadline=60.0)
         await self._gone("mon", args["id"], args["fsid"])
 
     async def mgr(self, args: dict[str, Any], report: Report) -> Any:
