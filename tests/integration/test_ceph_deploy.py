@@ -1,4 +1,4 @@
-"""A real Ceph cluster made of three real nodes: bluestore on their spare disks, plain daemons, everything by Atoll's own commands."""
+"""A real Ceph cluster of three real nodes, and a fourth that joins: bluestore on spare disks, plain daemons, all by our own commands."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ CLIENT = ["-c", "/etc/atoll/ceph/ceph.conf", "-n", "client.atoll"]
 
 
 class Trial:
-    """A lab of three nodes with an Atoll cluster, and its command line on node1."""
+    """A lab of four nodes with an Atoll cluster, and its command line on node1. node4 is in a group of its own at first."""
 
     def __init__(self, name: str) -> None:
-        self.lab = Lab.create(name, 3, disks=1)
+        self.lab = Lab.create(name, 4, disks=1)
         self.seen: set[str] = set()
         try:
             make_cluster(self.lab, "fake")
@@ -48,6 +48,8 @@ class Trial:
                     node.stop_service(service.name)
                     node.start_service(service.name)
             self.wait_nodes()
+            self.atoll("group", "add", "later")
+            self.atoll("group", "assign-nodes", "later", "node4")
         except BaseException:
             self.lab.down()
             raise
@@ -258,6 +260,30 @@ def test_a_node_goes_offline_with_its_daemons_and_comes_back(trial: Trial) -> No
     until(trial.healthy, "Ceph is well")
 
 
+def test_a_fourth_node_joins_by_itself_while_a_client_writes(trial: Trial) -> None:
+    trial.node("node1").exec(["rbd", *CLIENT, "create", "rbd/busy", "--size", "64M"], check=True)
+    here = trial.node("node1")
+    refused = trial.atoll("group", "assign-nodes", "default", "node4", check=False)
+    assert "only a node that is offline" in refused.stderr
+    trial.atoll("node", "modify", "node4", "--offline", "yes")
+    trial.atoll("group", "assign-nodes", "default", "node4")
+    assert trial.daemons("node4") == {}, "nothing is configured yet"
+    bench = ["rbd", *CLIENT, "bench", "--io-type", "write", "--io-pattern", "rand", "--io-total", "1G", "rbd/busy"]
+    writer = subprocess.Popen(here.command(bench), env=here.environ(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        trial.node("node1").exec([*ATOLL, "node", "add", "node4", "--readd"], check=True)
+        until(lambda: trial.row("node4")["storage"] == "joined", "node4 has joined", 150)
+        assert writer.poll() is None, "it writes on"
+    finally:
+        writer.terminate()
+        words, _ = writer.communicate(timeout=60)
+    assert "error" not in words.lower(), words
+    assert trial.row("node4")["storage_roles"] == ["osd"], "three monitors are enough"
+    assert list(trial.daemons("node4")) == ["osd.3"]
+    until(lambda: trial.ask("storage", "status", "ceph")["osds_up"] == 4 and trial.healthy(), "Ceph is well with four OSDs", 150)
+    assert not trial.has("node4", "/etc/ceph/ceph.client.admin.keyring")
+
+
 def test_daemons_outlive_the_agent_and_come_back_after_a_power_cut(trial: Trial) -> None:
     before = trial.daemons("node3")
     assert sorted(name.split(".")[0] for name in before) == ["mon", "osd"]
@@ -288,7 +314,7 @@ def _outer(trial: Trial, node: str) -> int:
 
 def test_nothing_stays_after_the_lab(trial: Trial) -> None:
     pids = [pid for node in trial.lab.nodes for pid in trial.daemons(node.name).values()]
-    assert len(pids) == 8
+    assert len(pids) == 9
     trial.lab.down()
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
     loops = subprocess.run(["losetup", "-l", "-n", "-O", "BACK-FILE"], capture_output=True, text=True, check=True).stdout

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from simsupport import check, dump, settle, with_ceph, with_disks
+from simsupport import check, dump, jobs, settle, with_ceph, with_disks
 
 from atoll.lab.box import Box, simulate
 from atoll.model.errors import (
@@ -203,6 +203,34 @@ def test_what_would_lose_a_part_of_it_is_refused() -> None:
         await refused(box, InUse, "has a part in its group's storage cluster", "group.assign-nodes", "other", nodes=["node3"])
 
     story(with_ceph, work)
+
+
+def test_a_node_that_cannot_join_is_told_of_and_joins_by_hand() -> None:
+    async def work(box: Box) -> None:
+        box.ceph.node("node3").problems = ["disk /dev/sdb is in use"]
+        await box.do("group.assign-nodes", "default", nodes=["node3"])
+        assert node(box, "node3").storage == ""
+        await box.do("node.modify", "node3", offline=False)
+        assert node(box, "node3").storage == "wanted"
+        await settle(box)
+        assert [f.about for f in await box.master.verify() if "no part in the storage cluster" in f.what] == ["node3"]
+        tried = [job for job in jobs(box) if job.operation == "node.join-storage"]
+        assert [job.state for job in tried] == ["undone"], "once, and then a person looks"
+        box.ceph.node("node3").problems.clear()
+        made = await box.do("node.join-storage", "node3")
+        assert made["roles"] == ["mon", "osd"]
+        assert [node(box, f"node{n}").storage_roles for n in (1, 2, 3)] == [("mon", "mgr", "osd"), ("mon", "mgr", "osd"), ("mon", "osd")]
+        assert not [f for f in await box.master.verify() if "no part in the storage cluster" in f.what]
+        await refused(box, AlreadyExists, "has a part in ceph already", "node.join-storage", "node3")
+
+    async def two(box: Box) -> None:
+        await with_disks(box)
+        await box.do("group.add", name="away")
+        await box.do("node.modify", "node3", offline=True)
+        await box.do("group.assign-nodes", "away", nodes=["node3"])
+        await box.do("storage.init", "default", type="ceph")
+
+    story(two, work)
 
 
 def test_who_asks_hears_from_a_node_that_answers() -> None:

@@ -21,6 +21,7 @@ from atoll.master.keeper import CertificateKeeper
 from atoll.master.reconcile import Reconciler
 from atoll.master.shipping import Run, Shipper
 from atoll.master.spaces import SpaceMonitor
+from atoll.master.storage_nodes import StorageNodes
 from atoll.master.verify import SEVERITIES, Verifier
 from atoll.master.verify_room import room
 from atoll.model.errors import AtollError, NodeAnswers, NotLeader
@@ -29,7 +30,6 @@ from atoll.model.objects import DeathProof, Hold, Job, Node, Pool, Stored, Volum
 from atoll.operations.all import OPERATIONS
 from atoll.operations.registry import operation as find_operation
 from atoll.operations.state import State
-from atoll.operations.storage_rest import cluster_of
 from atoll.operations.storages import storage_status
 from atoll.rpc.agents import Agents
 from atoll.rpc.contract import Transport
@@ -73,17 +73,20 @@ class MasterLeader:
         self._shipper = Shipper(self._state, self.agents, keyring, run)
         self._admission = admission
         self._state.signer = admission.authority if admission else None
+        self.storage_nodes = StorageNodes(self._state, self.engine.busy)
         self.keeper = CertificateKeeper(self._state, self.submit_internal, self.engine.busy)
         #: What else ``verify`` tells of.
-        self.more_findings: list[Callable[[], list[Finding]]] = [self.keeper.findings, lambda: room(self._state, self._spaces.known())]
+        self.more_findings: list[Callable[[], list[Finding]]] = [
+            self.keeper.findings,
+            self.storage_nodes.findings,
+            lambda: room(self._state, self._spaces.known()),
+        ]
         self._spaces = SpaceMonitor(self._state, self.agents)
         self.events = Hub(store, self.engine.progress)
         self.engine.on_progress = self.events.progress
         self._verifier = Verifier(self._state, self.agents, self.engine)
         self._inspector = Inspector(self._state, self.agents)
         self._tasks: list[asyncio.Task[None]] = []
-        #: Nodes whose part of a storage cluster this master has tried to make.
-        self._storage_asked: set[str] = set()
         self._ready, self._all_heard = asyncio.Event(), asyncio.Event()
         self._readmitted: dict[str, float] = {}
         self._welcomed: dict[str, float] = {}
@@ -244,15 +247,9 @@ class MasterLeader:
         elif not record.ready and not busy and now >= self._welcomed.get(node, 0.0):
             self._welcomed[node] = now + READMIT_PAUSE
             await self.submit_internal("node.welcome", node)
-        elif record.storage == "wanted" and not record.offline and not busy and self._may_join_storage(record):
-            self._storage_asked.add(node)
+        elif not busy and self.storage_nodes.may_join(record):
             await self.submit_internal("node.join-storage", node)
         return await self._answer(node)
-
-    def _may_join_storage(self, node: Node) -> bool:
-        """Once by itself; if that fails, a person looks, and repeats it."""
-        cluster = cluster_of(self._state, node)
-        return node.id not in self._storage_asked and cluster is not None and not self.engine.busy(cluster.resource)
 
     async def _answer(self, node: str) -> dict[str, Any]:
         """What the node learns: who leads, and whether it counts as dead. A proof that is just being written counts."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from atoll.deploy.ceph.conf import keyring
 from atoll.deploy.ceph.daemons import RUN, directory, settle_in
+from atoll.model.errors import HostError
 from atoll.runtime import process
 from atoll.runtime.files import write_durably
 
@@ -51,4 +52,6 @@ async def _make(args: dict[str, Any], place: Path, own: Path, keys: str) -> None
     for path in (own / "map", own / "keys"):
         shutil.chown(path, "ceph", "ceph")
     words = [str(place), args["id"], str(own / "map"), str(own / "keys")]
-    await process.run(["flock", str(RUN / "mkfs-mon.lock"), "sh", "-c", _MKFS, "sh", *words], deadline=100)
+    done = await process.run(["flock", str(RUN / "mkfs-mon.lock"), "sh", "-c", _MKFS, "sh", *words], deadline=100, check=False)
+    if done.rc:
+        raise HostError(f"the monitor {args['id']} cannot be made: {done.stderr.strip()[-500:] or f'ceph-mon ended with {done.rc}'}")

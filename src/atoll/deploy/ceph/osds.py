@@ -36,7 +36,9 @@ async def make_osd(args: dict[str, Any]) -> None:
     for path in (place, place / "keyring", block):
         shutil.chown(path, "ceph", "ceph")
     lock = RUN / f"mkfs-osd.{number}.lock"
-    await process.run(["flock", str(lock), "sh", "-c", _MKFS, "sh", str(place), number, uuid], deadline=240)
+    done = await process.run(["flock", str(lock), "sh", "-c", _MKFS, "sh", str(place), number, uuid], deadline=240, check=False)
+    if done.rc:
+        raise HostError(f"OSD {number} cannot be made on {args['disk']}: {done.stderr.strip()[-500:] or f'ceph-osd ended with {done.rc}'}")
 
 
 def number_of(uuid: str) -> str | None:
