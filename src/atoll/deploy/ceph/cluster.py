@@ -100,7 +100,7 @@ async def status(args: dict[str, Any], report: Report) -> Any:
         "osds_in": said["osdmap"]["num_in_osds"],
         "placement_groups": {state["state_name"]: state["count"] for state in said["pgmap"]["pgs_by_state"]},
         "total": df["stats"]["total_bytes"],
-        "used": df["stats"]["total_used_raw_bytes"],
+        "free": df["stats"]["total_avail_bytes"],
     }
 
 

@@ -27,7 +27,7 @@ USER = "ceph"
 #: Seconds for a daemon to start, to end when asked, and between looks at those that are kept running.
 START, STOP, PERIOD = 60.0, 30.0, 5.0
 #: A disk belongs to root after a boot; the unit's own user may not open it.
-_DROP_IN = "# Made by Atoll.\n[Service]\nExecStartPre=+/bin/chown -L {user}:{user} {block}\n"
+_DROP_IN = "# Made by Atoll.\n[Service]\nExecStartPre=+/bin/chown {user}:{user} {block}\n"
 
 
 def name_of(kind: str, ident: str) -> str:
