@@ -181,6 +181,20 @@ def test_a_node_whose_part_is_needed_goes_offline_only_when_told_twice() -> None
     story(with_ceph, work)
 
 
+def test_two_nodes_do_not_go_offline_at_the_same_time() -> None:
+    """Each alone may go; both together would stop everything."""
+
+    async def work(box: Box) -> None:
+        asked = [await box.submit("node.modify", name, offline=True) for name in ("node2", "node3")]
+        ended = [await box.end_of(submission.job) for submission in asked if submission.job]
+        assert sorted(job.state for job in ended) == ["done", "undone"]
+        error = next(job.error for job in ended if job.state == "undone")
+        assert error is not None
+        assert error["code"] == "storage_would_stop"
+
+    story(with_ceph, work)
+
+
 def test_a_node_that_is_dead_is_set_offline_without_asking_it() -> None:
     async def work(box: Box) -> None:
         await box.power_cut("node3")

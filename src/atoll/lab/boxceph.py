@@ -254,7 +254,10 @@ class BoxCephSteps:
         return {"health": "HEALTH_OK", "checks": [], "quorum": sorted(self._ceph.monitors())}
 
     async def _stops(self, args: dict[str, Any], report: Report) -> Any:
-        return {"stops": list(self._ceph.stops)}
+        there = [name for name, node in self._ceph.nodes.items() if node.mon]
+        left = set(self._ceph.monitors()) - set(args["mons"])
+        few = ["not enough monitors would be left"] if args["mons"] and len(left) * 2 <= len(there) else []
+        return {"stops": [*self._ceph.stops, *few]}
 
     async def _hold(self, args: dict[str, Any], report: Report) -> Any:
         self._quorum()

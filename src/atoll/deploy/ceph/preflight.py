@@ -40,10 +40,9 @@ async def look(args: Mapping[str, Any]) -> Facts:
     facts.version = version
     _leftovers(facts, args["fsid"])
     await _networks(facts, args)
-    if not args["fsid"]:
-        for port in args["ports"]:
-            if not _free(args["address"], port):
-                facts.problems.append(f"port {port} of {args['address']} is in use (ss -ltnp shows by whom)")
+    for port in args["ports"]:
+        if not _free(args["address"], port):
+            facts.problems.append(f"port {port} of {args['address']} is in use (ss -ltnp shows by whom)")
     if not facts.hostname or facts.hostname == "localhost":
         facts.problems.append("it has no hostname of its own (hostnamectl hostname NAME)")
     ours = frozenset(args.get("osds", ()))
@@ -86,7 +85,8 @@ def _leftovers(facts: Facts, fsid: str) -> None:
         facts.problems.append(
             f"{CONF} exists: the node belongs to a Ceph cluster already, or did (remove the file if it is nothing to you)"
         )
-    elif not fsid:
+    else:
+        # A node is looked at before it has any part in the cluster, so these are somebody else's.
         for kind in ("mon", "mgr", "osd"):
             found = sorted((daemons.DATA / kind).glob("*"))
             if found:
