@@ -180,14 +180,18 @@ def test_what_is_cancelled_in_the_middle_leaves_nothing(trial: Trial) -> None:
     assert trial.ask("storage", "list") == []
 
 
-def test_three_nodes_become_a_ceph_cluster_though_an_agent_dies(trial: Trial) -> None:
-    trial.arm("node2", "agent", "agent:ceph.osd:after")
+def test_three_nodes_become_a_ceph_cluster_though_master_and_agent_die(trial: Trial) -> None:
+    faults = [
+        trial.arm("node2", "agent", "agent:ceph.osd:after"),
+        # The intents of managers and OSDs are journaled, and no order has been given.
+        trial.arm("node1", "master", "master:storage.init:16:after-intent"),
+    ]
     began = time.monotonic()
     with Watching() as watching:
         done = trial.atoll("storage", "init", "-s", "ceph", "default")
     print(f"made in {time.monotonic() - began:.1f} s")
     assert "health: HEALTH_OK" in done.stdout
-    assert not (trial.node("node2").run_dir / "fault-agent").exists(), "the agent has died"
+    assert not [path.name for path in faults if path.exists()], "both have died"
     status = trial.ask("storage", "status", "ceph")
     assert (status["quorum"], status["osds_up"], status["manager"]) == (["node1", "node2", "node3"], 3, True)
     rows = {row["name"]: row for row in trial.ask("node", "list")}
