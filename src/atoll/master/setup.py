@@ -47,7 +47,7 @@ def read_keyring(config: Config) -> dict[str, str]:
 
 
 def init(
-    name: str, node: str, address: str, config: Path, hypervisor: str, overrides: dict[str, str], storage_options: Options
+    name: str, node: str, address: str, config: Path, hypervisor: str, overrides: dict[str, str], storage_options: Options | None = None
 ) -> list[str]:
     """Make a cluster whose first node and master is this machine. ``storage_options``: kind -> option -> value.
 
@@ -57,12 +57,12 @@ def init(
     """
     check_name(name, "cluster name")
     check_name(node, "node name")
-    check(storage_options)
+    check(storage_options or {})
     settings = configured(config, overrides, node=node, address=address, hypervisor=hypervisor)
     if not settings.masters:
         settings = settings.model_copy(update={"masters": (own_url(settings),)})
     forget_masters(settings.state_dir)
-    asyncio.run(_init(name, settings, storage_options))
+    asyncio.run(_init(name, settings, storage_options or {}))
     config.parent.mkdir(parents=True, exist_ok=True)
     write_durably(config, dump(settings), 0o644)
     return settle_in(settings, config, ("master", "agent"))

@@ -62,6 +62,7 @@ def _named(state: State, ident: str, name: str) -> bool:
 
 def preview(state: State, target: str, kind: str) -> Preview:
     """What ``storage.init`` would make, in words; nobody is asked. Errors: those of ``storage.init``."""
+    kinds.info(kind)
     group = state.store.find(Group, target)
     _prepare_init(state, target, StorageInit(type=kind))
     planner, members = kinds.planner(kind), members_of(state, kind, group)
