@@ -19,6 +19,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "ganeti.md": commands.ganeti,
     "operations.md": tables.operations,
     "states.md": states.states,
+    "storage-clusters.md": tables.storage_clusters,
 }
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ packages=(python3 python3-venv)
 host=(qemu-system-x86 qemu-utils busybox-static xfsprogs iproute2 lz4 cpio binutils gcc libc6-dev openssl procps openssh-client mmdebstrap extlinux e2fsprogs)
 case ${1:-demo} in
     demo) extras="" packages+=("${host[@]}") ;;
-    test) extras="[test]" packages+=("${host[@]}" bindfs spin ceph-mon ceph-osd ceph-mgr ceph-common python3-rbd python3-rados qemu-block-extra) ;;
+    test) extras="[test]" packages+=("${host[@]}" bindfs spin
+        ceph-mon ceph-osd ceph-mgr ceph-common ceph-base python3-rbd python3-rados qemu-block-extra) ;;
     model) extras="" packages+=(spin gcc libc6-dev) ;;
     check) extras="[test,check]" ;;
     docs) extras="[docs]" ;;

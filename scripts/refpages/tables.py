@@ -6,7 +6,7 @@ import ast
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -15,11 +15,13 @@ from pydantic.fields import FieldInfo
 
 from atoll.api.rest.submit import address
 from atoll.cli.main import atoll
+from atoll.deploy import registry as kinds
 from atoll.model.units import format_size
 from atoll.operations import requests
 from atoll.operations.all import OPERATIONS
 from atoll.runtime import config
 from atoll.storage import registry
+from atoll.storage.contract import Option
 from refpages.commands import walk
 from refpages.markdown import cell, page, table
 
@@ -146,6 +148,27 @@ def drivers() -> str:
             rows.append((f"`{option.name}`", takes, "required" if option.required else f"`{option.default}`", option.description))
         lines += table(("Option", "Values", "Default", "Meaning"), rows)
     return page("Storage drivers", *lines)
+
+
+def storage_clusters() -> str:
+    lines = [
+        "What `atoll storage init -s TYPE GROUP` makes, and what can be said of it before: `-S TYPE:KEY=VALUE` of `atoll cluster init`",
+        "and `cluster modify` holds for all, that of `group modify` for a group, that of `node modify` for a node. Once the storage",
+        "cluster is made, these can no longer change.",
+        "",
+    ]
+    for info in kinds.kinds():
+        lines += [f"## {info.name}", "", f"{info.description[0].upper()}{info.description[1:]}.", "", *_options(info.options)]
+    return page("Storage clusters", *lines)
+
+
+def _options(options: Iterable[Option]) -> list[str]:
+    rows = []
+    for option in options:
+        takes = ", ".join(f"`{c}`" for c in option.choices) or "text"
+        default = "required" if option.required else f"`{option.default}`" if option.default else ""
+        rows.append((f"`{option.name}`", takes, default, option.description))
+    return table(("Option", "Values", "Default", "Meaning"), rows)
 
 
 def operations() -> str:

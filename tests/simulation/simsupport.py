@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 import random
 from collections import Counter
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from atoll.lab.box import Box
+from atoll.lab.boxceph import BoxNode
 from atoll.model.objects import (
     Claim,
     DeathProof,
@@ -22,6 +24,7 @@ from atoll.model.objects import (
     JobState,
     Node,
     Pool,
+    StorageCluster,
     Stored,
     Volume,
     VolumeState,
@@ -215,10 +218,14 @@ def dump(box: Box) -> dict[str, Any]:
     """What the cluster is, without what jobs leave behind and what counts up by itself."""
     store = box.master.state.store
     found: dict[str, Any] = {}
-    kinds: tuple[type[Stored], ...] = (Instance, Volume, Pool, Group, Node)
+    kinds: tuple[type[Stored], ...] = (Instance, Volume, Pool, Group, Node, StorageCluster)
     for kind in kinds:
         for item in store.all(kind):
             found[item.resource] = item.model_dump(exclude={"generation", *CERTIFICATE})
+    for name, node in box.ceph.nodes.items():
+        # What was never touched is as good as what is empty again.
+        if node != BoxNode():
+            found[f"ceph:{name}"] = copy.deepcopy(vars(node))
     for claim in store.all(Claim):
         found[claim.resource] = {"holder": claim.holder, "migration": claim.migration}
     return found
@@ -276,6 +283,42 @@ def check(box: Box, *, attention: bool = False, free: bool = False, marks: bool 
         if instance.resource not in held:
             _check_instance(box, instance, free)
     _check_guests(box, stuck=bool(stuck))
+    _check_keys(box)
+    if not stuck:
+        _check_ceph(box)
+
+
+def _check_keys(box: Box) -> None:
+    """No key of a storage cluster is anywhere in the store but sealed."""
+    text = "".join(everything(box).values())
+    assert not [key for key in box.ceph.keys if key and key in text], "a key is in the store as it is"
+
+
+def _check_ceph(box: Box) -> None:
+    """Each node has of Ceph what the records say, and nothing else."""
+    store = box.master.state.store
+    made = [item for item in store.all(StorageCluster) if item.layout]
+    wanted: dict[str, set[str]] = {name: set() for name in box.nodes}
+    for item in made:
+        layout = item.layout
+        records = {node.name: node for node in store.all(Node)}
+        for osd in layout["osds"]:
+            assert box.ceph.node(osd["node"]).osds.get(osd["disk"]) == osd["uuid"], f"{osd} is not there"
+            wanted[osd["node"]].add(f"osd.{osd['number']}")
+        for kind in ("mon", "mgr"):
+            for name in layout[f"{kind}s"]:
+                wanted[name].add(f"{kind}.{name}")
+        for name in layout["hosts"]:
+            assert set(records[name].storage_roles) == {daemon.split(".")[0] for daemon in wanted[name]}, records[name]
+            if records[name].storage == "stopped":
+                wanted[name] = set()
+            assert box.ceph.node(name).fsid == layout["fsid"]
+        assert sorted(box.ceph.numbers) == sorted(osd["uuid"] for osd in layout["osds"]), "the monitors know other OSDs"
+    for name in box.nodes:
+        here = box.ceph.node(name)
+        assert here.running == wanted[name], f"{name} runs {here.running}, not {wanted[name]}"
+        if not made:
+            assert here == BoxNode(), f"{name} still has {here}"
 
 
 def _check_storage(box: Box, marks: bool) -> None:
@@ -477,6 +520,33 @@ async def activated(box: Box) -> None:
     await box.do("instance.activate-disks", "web1", node="node2")
 
 
+async def with_disks(box: Box) -> None:
+    await box.do("cluster.modify", storage_options={"ceph": {"disk": "/dev/sdb:/dev/sdc"}})
+
+
+async def with_ceph(box: Box) -> None:
+    await with_disks(box)
+    await box.do("storage.init", "default", type="ceph")
+
+
+async def with_ceph_of_two(box: Box) -> None:
+    """Two nodes, one monitor: with the third there are three."""
+    await with_disks(box)
+    await box.do("group.add", name="away")
+    await box.do("group.assign-nodes", "away", nodes=["node3"])
+    await box.do("storage.init", "default", type="ceph")
+    await box.do("node.modify", "node3", offline=True)
+    await box.do("group.assign-nodes", "default", nodes=["node3"])
+    # Not by way of the operation, after which it would join by itself.
+    record = box.master.state.store.find(Node, "node3")
+    await box.master.state.store.write(put=[record.model_copy(update={"offline": False, "ready": True})])
+
+
+async def with_ceph_stopped(box: Box) -> None:
+    await with_ceph(box)
+    await box.do("node.modify", "node2", offline=True)
+
+
 IMAGE = {"node": "node2", "path": "/srv/debian.qcow2"}
 IMAGED = [{"image": IMAGE}]
 MIGRATES = ("done", "undone")
@@ -529,5 +599,9 @@ STORIES = [
     Story("pool-mark", "pool.mark", "shared", {"node": "node2"}),
     Story("node-evacuate", "node.evacuate", "node1", {}, two_running, ends=MIGRATES, partial=True),
     Story("node-failover-dead", "node.failover", "node1", {"node_is_dead": True}, dead_node, frees=True, partial=True),
+    Story("storage-init", "storage.init", "default", {"type": "ceph"}, with_disks),
+    Story("node-join-storage", "node.join-storage", "node3", {}, with_ceph_of_two),
+    Story("node-offline-storage", "node.modify", "node2", {"offline": True}, with_ceph),
+    Story("node-online-storage", "node.modify", "node2", {"offline": False}, with_ceph_stopped),
     Story("restart-missing", "instance.restart-missing", "web1", {}, missing, internal=True),
 ]

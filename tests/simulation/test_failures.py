@@ -11,11 +11,11 @@ from simstories import STORIES
 from simsupport import KILLS, Story, Striker, Ticking, background, check, dump, finish, jobs, sample, settle
 
 from atoll.lab.box import Box, simulate
-from atoll.model.errors import AtollError, GuestError, PoolFull, PoolUnavailable, WrongState
+from atoll.model.errors import AtollError, GuestError, HostError, PoolFull, PoolUnavailable, WrongState
 
 pytestmark = pytest.mark.timeout(300)
 Effect = tuple[str, str, str, str]
-ERRORS: dict[str, tuple[type[AtollError], ...]] = {"guest": (GuestError,), "storage": (PoolFull, PoolUnavailable)}
+ERRORS: dict[str, tuple[type[AtollError], ...]] = {"guest": (GuestError,), "storage": (PoolFull, PoolUnavailable), "ceph": (HostError,)}
 
 
 class Failing:
@@ -27,12 +27,16 @@ class Failing:
         self.failed = 0
         box.world.fault = self.guest
         box.disks.fault = self.storage
+        box.ceph.fault = self.ceph
 
     async def guest(self, node: str, method: str, phase: str) -> None:
         self.visit(("guest", node, method, phase))
 
     async def storage(self, node: str, method: str, phase: str) -> None:
         self.visit(("storage", node, method, phase))
+
+    async def ceph(self, node: str, method: str, phase: str) -> None:
+        self.visit(("ceph", node, method, phase))
 
     def visit(self, effect: Effect) -> None:
         self.seen[effect] = None

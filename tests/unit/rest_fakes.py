@@ -203,6 +203,11 @@ class FakeLeader:
     async def os_definitions(self) -> list[dict[str, Any]]:
         return self.definitions
 
+    async def storage_status(self, target: str) -> dict[str, Any]:
+        if target != "ceph":
+            raise NotFound(f"there is no storage cluster {target!r}")
+        return {"name": target, "type": "ceph", "health": "HEALTH_OK", "checks": []}
+
     async def verify(self) -> list[Finding]:
         return self.findings
 

@@ -301,6 +301,18 @@ CASES: list[tuple[str, Sent]] = [
         ("cluster.modify", "", {"driver_options": {"sharedfile": {"path": "/srv/ganeti"}}}),
     ),
     ("gnt-group assign-nodes default node1", ("group.assign-nodes", "default", {"nodes": ["node1"]})),
+    ("atoll storage init default -s ceph", ("storage.init", "default", {"type": "ceph"})),
+    ("gnt-storage init-distributed-storage -s ceph default", ("storage.init", "default", {"type": "ceph"})),
+    (
+        "gnt-cluster modify -S ceph:disk=/dev/sdb:/dev/sdc,size=2",
+        ("cluster.modify", "", {"storage_options": {"ceph": {"disk": "/dev/sdb:/dev/sdc", "size": "2"}}}),
+    ),
+    ("atoll cluster modify -S ceph:size=", ("cluster.modify", "", {"storage_options": {"ceph": {"size": ""}}})),
+    ("gnt-group modify -S ceph:name=slow default", ("group.modify", "default", {"storage_options": {"ceph": {"name": "slow"}}})),
+    ("gnt-node modify -S ceph:disk=/dev/sdd node1", ("node.modify", "node1", {"storage_options": {"ceph": {"disk": "/dev/sdd"}}})),
+    ("atoll node modify node1 --offline yes --io-may-stop", ("node.modify", "node1", {"offline": True, "io_may_stop": True})),
+    ("atoll storage join node1", ("node.join-storage", "node1", {})),
+    ("gnt-node add --readd node1", ("node.modify", "node1", {"offline": False})),
     ("gnt-storage check images", ("pool.check", "images", {})),
 ]
 
@@ -385,7 +397,8 @@ async def test_help_of_every_command_says_what_it_does() -> None:
     walk(atoll, ["atoll"])
     for name, make in ganeti.PROGRAMS.items():
         walk(make(), [f"gnt-{name}"])
-    assert set(GROUPS) == {"cluster", "node", "group", "pool", "volume", "instance", "os", "job", "doctor", "lab", "completion"}
+    nouns = {"cluster", "node", "group", "pool", "storage", "volume", "instance", "os", "job"}
+    assert set(GROUPS) == {*nouns, "doctor", "lab", "completion"}
 
 
 async def test_a_seed_is_read_from_files_and_stdin(cli: Cli, tmp_path: Path) -> None:

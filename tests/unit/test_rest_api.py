@@ -63,6 +63,7 @@ async def test_every_public_operation_has_a_route_that_submits_it(api: Api) -> N
         "volume": "spare",
         "disk": {"size": 1024},
         "path": "/srv/x1.atoll",
+        "type": "ceph",
     }
     for name, operation in OPERATIONS.items():
         method, path = address(operation)

@@ -32,6 +32,8 @@ OTHERS: dict[tuple[str, str], str] = {
     ("GET", "/v1/nodes/{target}/logs"): "admin",
     ("GET", "/v1/events"): "reader",
     ("GET", "/v1/os"): "reader",
+    ("GET", "/v1/groups/{target}/storage-plan"): "reader",
+    ("GET", "/v1/storages/{target}/status"): "reader",
     ("GET", "/metrics"): "reader",
     **{("GET", f"/v1/{noun}s"): "reader" for noun in KINDS},
     **{("GET", f"/v1/{noun}s/{{target}}"): "reader" for noun in KINDS},

@@ -12,6 +12,7 @@ import structlog
 
 from atoll.agent.certificates import CertificateOrders
 from atoll.agent.copying import CopyOrders
+from atoll.agent.deploying import DeployOrders
 from atoll.agent.exporting import ExportOrders
 from atoll.agent.imaging import ImageOrders
 from atoll.agent.looking import LookOrders
@@ -73,6 +74,8 @@ async def run(config: Config, path: str = "") -> None:
     more |= ExportOrders(copying).handlers()
     scripts = OsOrders(config.os_dirs, memory, config.run_dir, config.log_dir, config.node)
     more |= scripts.handlers()
+    deploying = DeployOrders(config.state_dir, config.etc_dir)
+    more |= deploying.handlers()
     standby = StandbyOrders.of(config)
     certificates = CertificateOrders(KeptInFiles(config.tls_dir), config.node, config.address)
     hypervisor = make_hypervisor(config)
@@ -87,13 +90,15 @@ async def run(config: Config, path: str = "") -> None:
         create_app(agent.service), host=config.address, port=config.agent_port, tls_dir=config.tls_dir, need_certificate=True
     ):
         beat = asyncio.create_task(agent.reporter.send(config))
+        keep = asyncio.create_task(deploying.keep())
         notify_ready()
         log.info("agent serves", node=config.node, address=config.address, port=config.agent_port, term=memory.term)
         waiting = asyncio.create_task(stop.wait())
-        await asyncio.wait({beat, waiting}, return_when=asyncio.FIRST_COMPLETED)
-        if beat.done():
-            beat.result()
-        beat.cancel()
+        await asyncio.wait({beat, keep, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (beat, keep):
+            if task.done():
+                task.result()
+            task.cancel()
     await agent.close()
     del lock
 

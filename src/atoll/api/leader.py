@@ -103,6 +103,11 @@ class Leader(Protocol):
     async def os_definitions(self) -> list[dict[str, Any]]:
         """The OS definitions on the nodes, as they tell of them now: name, variants, parameters, nodes, and problems."""
 
+    async def storage_status(self, target: str) -> dict[str, Any]:
+        """What a storage cluster says of itself now: health, quorum, daemons.
+
+        Errors: NotFound; Unreachable when none of its nodes can tell."""
+
     async def join_token(self, name: str, group: str | None, rejoin: bool = False) -> str:
         """A token with which the node ``name`` may join once within 15 minutes. ``rejoin``: a node of the cluster that does not answer
         comes back with it. Errors: AlreadyExists, NodeAnswers."""

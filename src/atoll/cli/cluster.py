@@ -14,7 +14,7 @@ from atoll.cli.bundle import support_bundle
 from atoll.cli.client import Client, path_of
 from atoll.cli.columns import AUDIT, TOKENS
 from atoll.cli.lazy import OrderedGroup
-from atoll.cli.options import format_option, job_options, output_options, pairs, split_words, style
+from atoll.cli.options import by_driver, format_option, job_options, output_options, pairs, storage_option, style
 from atoll.cli.output import Style, duration, print_data, print_object, print_rows
 from atoll.cli.settings import config_option
 
@@ -31,12 +31,15 @@ def cluster() -> None:
 @click.option("--node", default=lambda: socket.gethostname().split(".")[0], metavar="NAME", help="This node's name (default: the host's).")
 @click.option("--address", required=True, metavar="IP", help="Where other nodes reach this one.")
 @click.option("--hypervisor", type=click.Choice(["qemu", "fake"]), default="qemu", show_default=True)
+@storage_option
 @config_option
 @set_option
-def init(name: str, node: str, address: str, hypervisor: str, config: str, overrides: tuple[str, ...]) -> None:
+def init(
+    name: str, node: str, address: str, hypervisor: str, storage_texts: tuple[str, ...], config: str, overrides: tuple[str, ...]
+) -> None:
     """Make a cluster whose first node and master is this machine."""
     setup = import_module("atoll.master.setup")
-    done = setup.init(name, node, address, Path(config), hypervisor, pairs(overrides, "--set"))
+    done = setup.init(name, node, address, Path(config), hypervisor, pairs(overrides, "--set"), by_driver(storage_texts, "-S"))
     click.echo(f"The cluster {name} is made; {node} is its master.")
     for line in done:
         click.echo(line)
@@ -87,24 +90,16 @@ def _tell(findings: list[dict[str, Any]]) -> None:
 @cluster.command()
 @click.option("--hypervisor", type=click.Choice(["qemu", "fake"]), help="For new instances.")
 @click.option("-D", "--driver-option", "texts", multiple=True, metavar="DRIVER:KEY=VALUE,...", help="Defaults of new pools.")
+@storage_option
 @job_options
-def modify(hypervisor: str | None, texts: tuple[str, ...], **options: Any) -> None:
+def modify(hypervisor: str | None, texts: tuple[str, ...], storage_texts: tuple[str, ...], **options: Any) -> None:
     """Change the cluster's defaults."""
     body: dict[str, Any] = {"hypervisor": hypervisor}
     if texts:
-        body["driver_options"] = driver_options(texts)
+        body["driver_options"] = by_driver(texts, "-D")
+    if storage_texts:
+        body["storage_options"] = by_driver(storage_texts, "-S")
     work.run("cluster", "modify", body=body, **options)
-
-
-def driver_options(texts: tuple[str, ...]) -> dict[str, dict[str, str]]:
-    """``DRIVER:KEY=VALUE,...``, repeated, as driver -> option -> value."""
-    found: dict[str, dict[str, str]] = {}
-    for text in texts:
-        driver, colon, rest = text.partition(":")
-        if not colon:
-            raise click.UsageError(f"-D: {text!r} is not of the form DRIVER:KEY=VALUE")
-        found.setdefault(driver, {}).update(split_words(rest, "-D"))
-    return found
 
 
 @cluster.command()

@@ -64,6 +64,7 @@ NODES = Table(
         "guests": _column("Guests", "guests", "number"),
         "address": _column("Address", "address"),
         "roles": _column("Roles", "roles"),
+        "storage": _column("Storage", "storage_roles", if_any=True),
         "replica": _column("Copy of the store", "replica", if_any=True),
         "certificate": _column("Certificate", "certificate_expires", "day", if_any=True),
         "last_seen": _column("Last seen", "last_seen", "age"),
@@ -81,6 +82,7 @@ NODES = Table(
         "guests",
         "address",
         "roles",
+        "storage",
         "replica",
         "certificate",
         "stalled",
@@ -195,4 +197,17 @@ AUDIT = Table(
     ("at", "who", "from", "what", "result", "job"),
 )
 
-TABLES = {"instance": INSTANCES, "node": NODES, "group": GROUPS, "pool": POOLS, "volume": VOLUMES, "job": JOBS}
+STORAGES = Table(
+    {
+        "name": _column("Storage cluster", "name"),
+        "type": _column("Type", "type"),
+        "state": _column("State", "state"),
+        "group": _column("Group", "group"),
+        "nodes": _column("Nodes", "nodes"),
+        "created": _column("Made", "created", "time"),
+        "held": HELD,
+    },
+    ("name", "type", "state", "group", "nodes", "held"),
+)
+
+TABLES = {"storage": STORAGES, "instance": INSTANCES, "node": NODES, "group": GROUPS, "pool": POOLS, "volume": VOLUMES, "job": JOBS}

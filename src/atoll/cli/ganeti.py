@@ -13,7 +13,17 @@ from atoll.cli.client import Client, path_of
 from atoll.cli.ganeti_fields import STORAGE, TABLES
 from atoll.cli.lazy import OrderedGroup
 from atoll.cli.main import run
-from atoll.cli.options import confirm, force_option, job_options, output_options, style, target
+from atoll.cli.options import (
+    by_driver,
+    confirm,
+    force_option,
+    io_may_stop_option,
+    job_options,
+    output_options,
+    storage_option,
+    style,
+    target,
+)
 from atoll.cli.output import Row, print_rows
 from atoll.cli.reads import named
 from atoll.cli.settings import Settings
@@ -93,10 +103,15 @@ def _node() -> click.Group:
     @target("node")
     @_yes_no("offline", "-O", "Nothing is asked of an offline node.")
     @_yes_no("drained", "-D", "A drained node gets nothing new.")
+    @io_may_stop_option
+    @storage_option
     @job_options
-    def modify(target: str, offline: str | None, drained: str | None, **options: Any) -> None:
-        """Set a node offline or drained."""
-        ours.change(target, None if offline is None else offline == "yes", None if drained is None else drained == "yes", None, options)
+    def modify(
+        target: str, offline: str | None, drained: str | None, io_may_stop: bool, storage_texts: tuple[str, ...], **options: Any
+    ) -> None:
+        """Set a node offline or drained, or change its options for storage clusters."""
+        said = [None if word is None else word == "yes" for word in (offline, drained)]
+        ours.change(target, said[0], said[1], None, storage_texts, options, io_may_stop)
 
     @program.command("list-storage")
     @target("node", nargs=-1)
@@ -133,7 +148,6 @@ def _storage(node: Row, pool: Row) -> Row:
 
 def _cluster() -> click.Group:
     from atoll.cli.cluster import cluster as ours
-    from atoll.cli.cluster import driver_options
 
     program = _program("cluster", ours, {}, without=("modify",))
 
@@ -142,18 +156,25 @@ def _cluster() -> click.Group:
     @click.option("--file-storage-dir", metavar="DIR", help="Where new file pools keep their images.")
     @click.option("-D", "--disk-parameters", "texts", multiple=True, metavar="DRIVER:KEY=VALUE,...", help="Defaults of new pools.")
     @click.option("--hypervisor", type=click.Choice(["qemu", "fake"]), help="For new instances.")
+    @storage_option
     @job_options
     def modify(
-        shared_file_storage_dir: str | None, file_storage_dir: str | None, texts: tuple[str, ...], hypervisor: str | None, **options: Any
+        shared_file_storage_dir: str | None,
+        file_storage_dir: str | None,
+        texts: tuple[str, ...],
+        hypervisor: str | None,
+        storage_texts: tuple[str, ...],
+        **options: Any,
     ) -> None:
         """Change the cluster's defaults."""
-        found = driver_options(texts)
+        found, storage = by_driver(texts, "-D"), by_driver(storage_texts, "-S")
         for driver, path in (("sharedfile", shared_file_storage_dir), ("file", file_storage_dir)):
             if path is not None:
                 found.setdefault(driver, {})["path"] = path
-        if not found and hypervisor is None:
+        if not found and not storage and hypervisor is None:
             raise click.UsageError("nothing to change is given")
-        work.run("cluster", "modify", body={"hypervisor": hypervisor, "driver_options": found or None}, **options)
+        body = {"hypervisor": hypervisor, "driver_options": found or None, "storage_options": storage or None}
+        work.run("cluster", "modify", body=body, **options)
 
     @program.command("renew-crypto")
     @click.option("--new-cluster-certificate", "ca", is_flag=True, help="Change the CA, and with it every certificate.")
@@ -208,8 +229,11 @@ def _job() -> click.Group:
 
 def _storage_program() -> click.Group:
     from atoll.cli.pool import pool as ours
+    from atoll.cli.storage import init
 
-    return _program("storage", ours, {"diagnose": "list"})
+    program = _program("storage", ours, {"diagnose": "list"})
+    program.add_command(init, "init-distributed-storage")
+    return program
 
 
 def _os() -> click.Group:

@@ -8,7 +8,7 @@ import click
 
 from atoll.cli import tags, work
 from atoll.cli.lazy import OrderedGroup
-from atoll.cli.options import complete, job_options, pairs, target
+from atoll.cli.options import by_driver, complete, job_options, pairs, storage_option, target
 from atoll.cli.reads import info_command, list_command
 
 _pins = [
@@ -46,14 +46,23 @@ def add(name: str, cpu_model: str | None, accelerator: str | None, machine: str 
 @target("group")
 @_pin_options
 @click.option("--default-pool", multiple=True, metavar="DRIVER=POOL", help="What -t DRIVER means here; an empty POOL removes it.")
+@storage_option
 @job_options
 def modify(
-    target: str, cpu_model: str | None, accelerator: str | None, machine: str | None, default_pool: tuple[str, ...], **options: Any
+    target: str,
+    cpu_model: str | None,
+    accelerator: str | None,
+    machine: str | None,
+    default_pool: tuple[str, ...],
+    storage_texts: tuple[str, ...],
+    **options: Any,
 ) -> None:
     """Change a group; new pins hold for instances made from then on."""
     body: dict[str, Any] = {"cpu_model": cpu_model, "accelerator": accelerator, "machine": machine}
     if default_pool:
         body["default_pools"] = pairs(default_pool, "--default-pool")
+    if storage_texts:
+        body["storage_options"] = by_driver(storage_texts, "-S")
     work.run("group", "modify", target, body, **options)
 
 

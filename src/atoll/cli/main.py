@@ -17,6 +17,7 @@ GROUPS = {
     "node": ("atoll.cli.node:node", "Add nodes, empty them, say that one is dead."),
     "group": ("atoll.cli.group:group", "Node groups: nodes that share storage."),
     "pool": ("atoll.cli.pool:pool", "Storage pools: where volumes live."),
+    "storage": ("atoll.cli.storage:storage", "Storage clusters that Atoll makes of nodes: make one, look at it."),
     "volume": ("atoll.cli.volume:volume", "Volumes: the disks."),
     "instance": ("atoll.cli.instance:instance", "Virtual machines: make, start, migrate, fail over."),
     "os": ("atoll.cli.os:os", "OS definitions: scripts on the nodes that install instances."),

@@ -15,7 +15,20 @@ from atoll.cli import settings, tags, work
 from atoll.cli.client import Client, path_of
 from atoll.cli.cluster import set_option
 from atoll.cli.lazy import OrderedGroup
-from atoll.cli.options import complete, confirm, force_option, format_option, job_options, on_node, pairs, target, unasked_option
+from atoll.cli.options import (
+    by_driver,
+    complete,
+    confirm,
+    force_option,
+    format_option,
+    io_may_stop_option,
+    job_options,
+    on_node,
+    pairs,
+    storage_option,
+    target,
+    unasked_option,
+)
 from atoll.cli.output import print_data
 from atoll.cli.reads import info_command, list_command
 from atoll.cli.settings import config_option
@@ -65,11 +78,22 @@ def token(name: str, group: str | None, rejoin: bool, format: str) -> None:
 @click.option("--master", metavar="URL", help="This master's address as the node sees it.")
 @click.option("--ssh", metavar="[USER@]HOST", help="Let it join right now, over ssh.")
 @_rejoin_option
+@click.option("--readd", is_flag=True, help="A node that was offline is back: its part of a storage cluster is started, too.")
 @set_option
 def add(
-    name: str, group: str | None, address: str | None, master: str | None, ssh: str | None, rejoin: bool, overrides: tuple[str, ...]
+    name: str,
+    group: str | None,
+    address: str | None,
+    master: str | None,
+    ssh: str | None,
+    rejoin: bool,
+    readd: bool,
+    overrides: tuple[str, ...],
 ) -> None:
     """Add a node: prints a token and what to type there; with --ssh does it."""
+    if readd:
+        work.run("node", "modify", name, {"offline": False})
+        return
     url = master or _master_url()
     address = address or (ssh.rpartition("@")[2] if ssh else None)
     if rejoin and not address:
@@ -138,17 +162,38 @@ def join(master: str, name: str, address: str, token_file: str, config: str, ove
 @click.option("--offline", type=bool, is_flag=False, flag_value="yes", metavar="[yes|no]", help="Nothing is asked of an offline node.")
 @click.option("--drained", type=bool, is_flag=False, flag_value="yes", metavar="[yes|no]", help="A drained node gets nothing new.")
 @click.option("--role", "roles", multiple=True, metavar="ROLE", help="Its roles; replaces all.")
+@io_may_stop_option
+@storage_option
 @job_options
-def modify(target: str, offline: bool | None, drained: bool | None, roles: tuple[str, ...], **options: Any) -> None:
-    """Set a node offline or drained, or change its roles."""
-    change(target, offline, drained, list(roles) or None, options)
+def modify(
+    target: str,
+    offline: bool | None,
+    drained: bool | None,
+    roles: tuple[str, ...],
+    io_may_stop: bool,
+    storage_texts: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Set a node offline or drained, or change its roles or its options for storage clusters."""
+    change(target, offline, drained, list(roles) or None, storage_texts, options, io_may_stop)
 
 
-def change(name: str, offline: bool | None, drained: bool | None, roles: list[str] | None, options: dict[str, Any]) -> None:
+def change(
+    name: str,
+    offline: bool | None,
+    drained: bool | None,
+    roles: list[str] | None,
+    storage_texts: tuple[str, ...],
+    options: dict[str, Any],
+    io_may_stop: bool = False,
+) -> None:
     """Ask for the change; refuses one that changes nothing."""
-    if offline is None and drained is None and roles is None:
-        raise InvalidInput("nothing to change is given", hint="--offline yes|no, --drained yes|no or --role")
-    work.run("node", "modify", name, {"offline": offline, "drained": drained, "roles": roles}, **options)
+    if offline is None and drained is None and roles is None and not storage_texts:
+        raise InvalidInput("nothing to change is given", hint="--offline yes|no, --drained yes|no, --role or -S")
+    body: dict[str, Any] = {"offline": offline, "drained": drained, "roles": roles, "io_may_stop": True if io_may_stop else None}
+    if storage_texts:
+        body["storage_options"] = by_driver(storage_texts, "-S")
+    work.run("node", "modify", name, body, **options)
 
 
 _dead_option = click.option("--node-is-dead", is_flag=True, help="Your word that the node is off, for this moment.")

@@ -102,6 +102,24 @@ def on_node(help: str, required: bool = False) -> Callable[[F], F]:
     return click.option("-n", "--node", metavar="NODE", required=required, help=help, shell_complete=complete("node"))
 
 
+#: ``-S`` of cluster, group and node.
+storage_option = click.option(
+    "-S",
+    "--storage-option",
+    "storage_texts",
+    multiple=True,
+    metavar="TYPE:KEY=VALUE,...",
+    help="How a storage cluster shall be made, such as ceph:disk=/dev/sdb:/dev/sdc; an empty value removes one.",
+)
+
+
+io_may_stop_option = click.option(
+    "--io-may-stop",
+    is_flag=True,
+    help="With --offline yes: even if its storage cluster then stops serving guests.",
+)
+
+
 # --- words inside options ---
 
 
@@ -116,6 +134,17 @@ def split_words(text: str, option: str) -> dict[str, str]:
             raise InvalidInput(f"{option}: {name.strip()} is given twice")
         words[name.strip()] = value
     return words
+
+
+def by_driver(texts: tuple[str, ...], option: str) -> dict[str, dict[str, str]]:
+    """``DRIVER:KEY=VALUE,...``, repeated, as driver -> option -> value. Errors: UsageError."""
+    found: dict[str, dict[str, str]] = {}
+    for text in texts:
+        driver, colon, rest = text.partition(":")
+        if not colon:
+            raise click.UsageError(f"{option}: {text!r} is not of the form NAME:KEY=VALUE")
+        found.setdefault(driver, {}).update(split_words(rest, option))
+    return found
 
 
 def pairs(texts: tuple[str, ...], option: str) -> dict[str, str]:

@@ -17,6 +17,7 @@ _HIDDEN = {
     "pool": ("capabilities",),
     "job": ("deadline", "cancel_asked"),
     "volume": ("attachments",),
+    "storage": ("layout",),
 }
 
 

@@ -7,10 +7,10 @@ On replay a finished step gives its result again, one in flight is repeated (age
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from atoll.jobs.steps import Changes, ReplayMismatch, Undo, args_hash
+from atoll.jobs.steps import Changes, Order, ReplayMismatch, Undo, args_hash
 from atoll.model.errors import Cancelled
 from atoll.model.messages import Progress
 from atoll.model.objects import Job, Step, StepState, Stored
@@ -151,6 +151,44 @@ class JobContext:
         await self._point("after-effect")
         done = step.model_copy(update={"state": StepState.DONE, "result": result})
         self._journal[key] = done
+        self._pending.append(done)
+        return result
+
+    async def together(self, orders: Sequence[Order], *, span: tuple[float, float] | None = None) -> list[Any]:
+        """Several orders at the same time: all intents are journaled in one transaction, and each result when it comes.
+
+        Returns the results in order when all have ended. Errors: the first of theirs, when none is under way any more.
+        """
+        intents: list[Step] = []
+        for order in orders:
+            undo = order.undo.to_json() if order.undo else None
+            digest = args_hash(order.node, order.method, order.args, undo)
+            if self._replayed(order.key, "call", digest) is None:
+                record = self._record(order.key, "call", node=order.node, method=order.method, args_hash=digest, undo=order.undo)
+                intents.append(record.model_copy(update={"id": f"{self._job.id}/{self._next + len(intents):04d}"}))
+        if intents:
+            await self._point("before-intent")
+            await unbroken(self._transact([*intents], []))
+            for step in intents:
+                self._add(step)
+        await self._point("after-intent")
+        ended = await asyncio.gather(*(self._one(order, span) for order in orders), return_exceptions=True)
+        for result in ended:
+            if isinstance(result, BaseException):
+                raise result
+        await self._point("after-effect")
+        return list(ended)
+
+    async def _one(self, order: Order, span: tuple[float, float] | None) -> Any:
+        step = self._journal[order.key]
+        if step.state is StepState.DONE:
+            return step.result
+        report = self._reporter(order.key, span)
+        result = await self._engine.agents.order(
+            order.node, self.id, order.key, order.method, order.args, deadline=order.deadline, report=report
+        )
+        done = step.model_copy(update={"state": StepState.DONE, "result": result})
+        self._journal[order.key] = done
         self._pending.append(done)
         return result
 

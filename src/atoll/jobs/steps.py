@@ -46,6 +46,18 @@ class Undo:
         return cls(**data)
 
 
+@dataclass(frozen=True)
+class Order:
+    """An order to a node, for ``JobContext.together``; its parts are those of ``call``."""
+
+    key: str
+    node: str
+    method: str
+    args: dict[str, Any] = field(default_factory=dict)
+    undo: Undo | None = None
+    deadline: float = 60.0
+
+
 UndoFunction = Callable[[Any, dict[str, Any]], Changes]
 _UNDO: dict[str, UndoFunction] = {}
 

@@ -19,6 +19,7 @@ from atoll.agent.replica import Replica
 from atoll.agent.standby import StandbyOrders
 from atoll.api.leader import Caller, Submission
 from atoll.hypervisor.memory import MemoryHypervisor, World
+from atoll.lab.boxceph import BoxCeph, BoxCephSteps
 from atoll.lab.boxos import BoxOs
 from atoll.lab.boxstorage import BoxStorage, SharedDisks
 from atoll.master.admission import Admission
@@ -70,6 +71,7 @@ class Box:
         self.durable = Durable()
         self.world = World(locking=locking)
         self.disks = SharedDisks(self.world)
+        self.ceph = BoxCeph(self.clock)
         self.transport = InProcessTransport()
         self.nodes: dict[str, str] = {}
         self.agents: dict[str, Agent] = {}
@@ -188,7 +190,7 @@ class Box:
             storage,
             Memory(database),
             None,
-            {**storage.copy_handlers(), **BoxOs(self.disks, name).handlers()},
+            {**storage.copy_handlers(), **BoxOs(self.disks, name).handlers(), **BoxCephSteps(self.ceph, name).handlers()},
             kept=self._attached.setdefault(name, {}),
             now=self.clock.monotonic,
             certificates=CertificateOrders(self.kept[name], name, "127.0.0.1") if name in self.kept else None,
@@ -221,6 +223,7 @@ class Box:
     async def power_cut(self, name: str) -> None:
         """Everything on the node is gone at once."""
         self.world.power_cut(name)
+        self.ceph.node(name).running.clear()
         await self.crash_agent(name)
         self._attached.pop(name, None)
         self.disks.forget_node(name)

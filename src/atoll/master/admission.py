@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from atoll.api.leader import Caller, JoinAnswer
 from atoll.master.authority import DAY, CertificateAuthority
 from atoll.model.errors import AlreadyExists, Forbidden, InvalidInput, NodeAnswers, NotFound, TokenInvalid, Unauthenticated
 from atoll.model.ids import check_name, new_id
-from atoll.model.objects import Group, Node, Token
+from atoll.model.objects import Group, Node, StorageCluster, Token
 from atoll.operations.state import State
 from atoll.runtime import certs
 from atoll.runtime.secrets import digest, matches, new_token
@@ -84,7 +84,11 @@ class Admission:
         elif state.store.by_name(Node, name) is not None:
             raise AlreadyExists(f"there is already a node named {name!r}", hint=f"atoll node info {name}; if it shall come back: --rejoin")
         else:
-            node = Node(id=new_id("node", state.rng), name=name, group=found.group, address=address, port=port)
+            # In a group with a storage cluster it shall have a part in it.
+            group = state.store.get(Group, found.group)
+            made = state.store.get(StorageCluster, group.storage) if group and group.storage else None
+            storage: Literal["", "wanted"] = "wanted" if made and made.layout else ""
+            node = Node(id=new_id("node", state.rng), name=name, group=found.group, address=address, port=port, storage=storage)
         certificate = self.authority.sign(csr, node)
         node = node.model_copy(
             update={

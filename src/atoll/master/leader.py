@@ -21,6 +21,7 @@ from atoll.master.keeper import CertificateKeeper
 from atoll.master.reconcile import Reconciler
 from atoll.master.shipping import Run, Shipper
 from atoll.master.spaces import SpaceMonitor
+from atoll.master.storage_nodes import StorageNodes
 from atoll.master.verify import SEVERITIES, Verifier
 from atoll.master.verify_room import room
 from atoll.model.errors import AtollError, NodeAnswers, NotLeader
@@ -29,6 +30,7 @@ from atoll.model.objects import DeathProof, Hold, Job, Node, Pool, Stored, Volum
 from atoll.operations.all import OPERATIONS
 from atoll.operations.registry import operation as find_operation
 from atoll.operations.state import State
+from atoll.operations.storages import storage_status
 from atoll.rpc.agents import Agents
 from atoll.rpc.contract import Transport
 from atoll.runtime.clock import Clock
@@ -71,9 +73,14 @@ class MasterLeader:
         self._shipper = Shipper(self._state, self.agents, keyring, run)
         self._admission = admission
         self._state.signer = admission.authority if admission else None
+        self.storage_nodes = StorageNodes(self._state, self.engine.busy)
         self.keeper = CertificateKeeper(self._state, self.submit_internal, self.engine.busy)
         #: What else ``verify`` tells of.
-        self.more_findings: list[Callable[[], list[Finding]]] = [self.keeper.findings, lambda: room(self._state, self._spaces.known())]
+        self.more_findings: list[Callable[[], list[Finding]]] = [
+            self.keeper.findings,
+            self.storage_nodes.findings,
+            lambda: room(self._state, self._spaces.known()),
+        ]
         self._spaces = SpaceMonitor(self._state, self.agents)
         self.events = Hub(store, self.engine.progress)
         self.engine.on_progress = self.events.progress
@@ -240,6 +247,8 @@ class MasterLeader:
         elif not record.ready and not busy and now >= self._welcomed.get(node, 0.0):
             self._welcomed[node] = now + READMIT_PAUSE
             await self.submit_internal("node.welcome", node)
+        elif not busy and self.storage_nodes.may_join(record):
+            await self.submit_internal("node.join-storage", node)
         return await self._answer(node)
 
     async def _answer(self, node: str) -> dict[str, Any]:
@@ -247,6 +256,11 @@ class MasterLeader:
         await self._state.store.landed(DeathProof, node)
         self._check_leads()
         return {"term": self._state.store.term, "dead": self._state.proved_dead(node)}
+
+    async def storage_status(self, target: str) -> dict[str, Any]:
+        """See ``api.leader.Leader``."""
+        await self._ready.wait()
+        return await storage_status(self._state, self.agents, target)
 
     async def join_token(self, name: str, group: str | None, rejoin: bool = False) -> str:
         """See ``api.leader.Leader``."""

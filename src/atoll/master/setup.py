@@ -12,6 +12,7 @@ from atoll.master.authority import sealed
 from atoll.model.errors import AlreadyExists, HostError
 from atoll.model.ids import check_name, new_id
 from atoll.model.objects import Cluster, Group, Node
+from atoll.operations.storage_options import Options, check, merged
 from atoll.runtime import certs
 from atoll.runtime.config import Config, dump
 from atoll.runtime.files import write_durably
@@ -45,25 +46,29 @@ def read_keyring(config: Config) -> dict[str, str]:
         raise HostError(f"the keys of this master cannot be read: {error}") from None
 
 
-def init(name: str, node: str, address: str, config: Path, hypervisor: str, overrides: dict[str, str]) -> list[str]:
-    """Make a cluster whose first node and master is this machine. Errors: AlreadyExists, InvalidInput, StoreError.
+def init(
+    name: str, node: str, address: str, config: Path, hypervisor: str, overrides: dict[str, str], storage_options: Options | None = None
+) -> list[str]:
+    """Make a cluster whose first node and master is this machine. ``storage_options``: kind -> option -> value.
 
+    Errors: AlreadyExists, InvalidInput, StoreError.
     Gives what was done on this host, for people. Repeating it after a crash in the middle starts over; once
     the cluster's record is written it refuses.
     """
     check_name(name, "cluster name")
     check_name(node, "node name")
+    check(storage_options or {})
     settings = configured(config, overrides, node=node, address=address, hypervisor=hypervisor)
     if not settings.masters:
         settings = settings.model_copy(update={"masters": (own_url(settings),)})
     forget_masters(settings.state_dir)
-    asyncio.run(_init(name, settings))
+    asyncio.run(_init(name, settings, storage_options or {}))
     config.parent.mkdir(parents=True, exist_ok=True)
     write_durably(config, dump(settings), 0o644)
     return settle_in(settings, config, ("master", "agent"))
 
 
-async def _init(name: str, config: Config) -> None:
+async def _init(name: str, config: Config, storage_options: Options) -> None:
     config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     store = await SqliteStore.open(store_dir(config))
     try:
@@ -94,7 +99,13 @@ async def _init(name: str, config: Config) -> None:
             certificate_issued=certs.issued(pair.cert_pem),
             certificate_expires=certs.expires(pair.cert_pem),
         )
-        cluster = Cluster(id="cluster", name=name, ca_fingerprint=certs.fingerprint(ca.cert_pem), hypervisor=config.hypervisor)
+        cluster = Cluster(
+            id="cluster",
+            name=name,
+            ca_fingerprint=certs.fingerprint(ca.cert_pem),
+            hypervisor=config.hypervisor,
+            storage_options=merged({}, storage_options),
+        )
         await leader.write(put=[cluster, group, first, sealed(box, ca)])
     finally:
         await store.close()

@@ -197,6 +197,18 @@ class NodeAnswers(WrongState):
     code, default_hint = "node_answers", "leave --node-is-dead away"
 
 
+class StorageWouldStop(InUse):
+    """Without this node, the storage cluster could not serve its clients any more."""
+
+    code, default_hint = "storage_would_stop", "atoll storage status STORAGE"
+
+
+class PreflightFailed(WrongState):
+    """Something on the nodes stands against it; all of it is named, and nothing was changed."""
+
+    code, default_hint = "preflight_failed", "put these right, then repeat the command"
+
+
 # --- something is not there or full (exit 7) ---
 
 
@@ -295,6 +307,12 @@ class HostError(AtollError):
     """The operating system refused something."""
 
     code, status, exit_code, default_hint = "host_error", 500, 9, "look at the message and the log of the agent"
+
+
+class StorageRefused(HostError):
+    """A storage cluster has refused a command; its words are in the message."""
+
+    code, default_hint = "storage_refused", "atoll storage status STORAGE"
 
 
 class StoreError(AtollError):

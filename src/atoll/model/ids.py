@@ -8,7 +8,7 @@ import re
 from atoll.model.errors import InvalidInput
 
 _NAME = re.compile(r"^[a-zA-Z0-9]([a-zA-Z0-9._-]{0,61}[a-zA-Z0-9])?$")
-_ID = re.compile(r"^(vol|snap|i|pool|group|node)-[0-9a-f]{17}$")
+_ID = re.compile(r"^(vol|snap|i|pool|group|node|storage)-[0-9a-f]{17}$")
 
 
 def new_id(prefix: str, rng: random.Random | random.SystemRandom) -> str:

@@ -52,6 +52,8 @@ class Cluster(Stored):
     hypervisor: str = "qemu"
     #: Driver -> option -> value: defaults of new pools (``shared_file_dir`` of Ganeti is ``{"sharedfile": {"path": ...}}``).
     driver_options: dict[str, dict[str, str]] = Field(default_factory=dict)
+    #: Kind of storage cluster -> option -> value: how storage clusters are to be made (``-S`` of Ganeti). Groups and nodes override it.
+    storage_options: dict[str, dict[str, str]] = Field(default_factory=dict)
     tags: tuple[str, ...] = ()
 
 
@@ -63,6 +65,10 @@ class Group(Stored):
     pin: MachinePin = MachinePin()
     #: Driver -> pool id: what ``-t DRIVER`` means where several pools have that driver.
     default_pools: dict[str, str] = Field(default_factory=dict)
+    #: Kind of storage cluster -> option -> value, where this group differs from the cluster.
+    storage_options: dict[str, dict[str, str]] = Field(default_factory=dict)
+    #: The storage cluster (its id) that this group's nodes form; empty: they form none.
+    storage: str = ""
     tags: tuple[str, ...] = ()
 
 
@@ -87,6 +93,28 @@ class Node(Stored):
     ready: bool = False
     #: Whether it may hold a copy of the store and the keys of a master, so that it may have become the master.
     holds_keys: bool = False
+    #: Kind of storage cluster -> option -> value, where this node differs from its group.
+    storage_options: dict[str, dict[str, str]] = Field(default_factory=dict)
+    #: What it is in its group's storage cluster: nothing yet, ``wanted`` (it shall join), ``joined``, or ``stopped`` (its data is kept).
+    storage: Literal["", "wanted", "joined", "stopped"] = ""
+    #: The daemons that it has there, such as ``mon``, ``mgr`` and ``osd``.
+    storage_roles: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+
+
+class StorageCluster(Stored):
+    """A storage cluster that Atoll has made of the nodes of a group. ``layout`` is what it consists of, as its kind describes it."""
+
+    kind, noun = "storages", "storage"
+    name: str
+    type: str
+    group: str
+    options: dict[str, str] = Field(default_factory=dict)
+    #: Empty while it is only marked: the group had no node.
+    layout: dict[str, Any] = Field(default_factory=dict)
+    #: Its keys, sealed under the key file of the masters.
+    keys: str = Field(default="", repr=False)
+    created: float = 0.0
     tags: tuple[str, ...] = ()
 
 
@@ -396,4 +424,5 @@ KINDS: tuple[type[Stored], ...] = (
     IdempotencyKey,
     Token,
     Authority,
+    StorageCluster,
 )

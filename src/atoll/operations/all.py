@@ -17,6 +17,8 @@ from atoll.operations import (
     instance_settle,
     nodes,
     pools,
+    storage_join,
+    storages,
     volumes,
 )
 from atoll.operations.registry import OPERATIONS
@@ -39,5 +41,7 @@ __all__ = [
     "instance_settle",
     "nodes",
     "pools",
+    "storage_join",
+    "storages",
     "volumes",
 ]

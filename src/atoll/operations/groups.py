@@ -8,11 +8,12 @@ from atoll.jobs.context import JobContext
 from atoll.jobs.steps import Changes
 from atoll.model.errors import InUse, NotFound, WrongState
 from atoll.model.ids import new_id
-from atoll.model.objects import Cluster, Group, Instance, MachinePin, Node, Pool
+from atoll.model.objects import Cluster, Group, Instance, MachinePin, Node, Pool, StorageCluster
 from atoll.operations.common import check_new_name, frozen, locks, name_lock, prepare_tags, run_tags
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import AssignNodes, ClusterModify, GroupAdd, GroupModify, Nothing, Rename, TagsChange
 from atoll.operations.state import State
+from atoll.operations.storage_options import check_cluster, check_group, merged
 from atoll.storage import registry as drivers
 
 
@@ -39,6 +40,7 @@ def _prepare_modify(state: State, target: str, request: GroupModify) -> Prepared
     for driver, name in request.default_pools.items():
         drivers.info(driver)
         pools[driver] = state.resolve_pool(name).id if name else ""
+    check_group(state, group, request.storage_options)
     return Prepared(frozen(request, id=group.id, default_pools=pools), locks(exclusive=[group.resource]), f"modify group {group.name}")
 
 
@@ -47,7 +49,9 @@ async def _run_modify(job: JobContext, request: dict[str, Any]) -> Any:
         group = job.state.store.require(Group, request["id"])
         pin = {k: request[k] for k in ("cpu_model", "accelerator", "machine") if request[k] is not None}
         pools = {k: v for k, v in {**group.default_pools, **request["default_pools"]}.items() if v}
-        return Changes(put=[group.model_copy(update={"pin": group.pin.model_copy(update=pin), "default_pools": pools})])
+        options = merged(group.storage_options, request.get("storage_options", {}))
+        update = {"pin": group.pin.model_copy(update=pin), "default_pools": pools, "storage_options": options}
+        return Changes(put=[group.model_copy(update=update)])
 
     await job.commit()
     await job.write("change", change)
@@ -65,6 +69,10 @@ def _prepare_remove(state: State, target: str, request: Nothing) -> Prepared:
         raise InUse(f"group {group.name} has nodes: {names}", hint=f"atoll group assign-nodes OTHER {nodes[0].name}")
     if len(state.store.all(Group)) == 1:
         raise InUse("the last group cannot be removed", hint="atoll group add OTHER")
+    if group.storage:
+        made = state.store.get(StorageCluster, group.storage)
+        if made is not None and made.layout:
+            raise InUse(f"group {group.name} has the storage cluster {made.name}", hint=f"atoll storage info {made.name}")
     pools = [pool for pool in state.store.all(Pool) if group.id in pool.groups]
     held = [group.resource, *(pool.resource for pool in pools)]
     return Prepared({"id": group.id}, locks(exclusive=held), f"remove group {group.name}")
@@ -75,7 +83,9 @@ async def _run_remove(job: JobContext, request: dict[str, Any]) -> Any:
         state: State = job.state
         pools = [p for p in state.store.all(Pool) if request["id"] in p.groups]
         cleared = [p.model_copy(update={"groups": tuple(g for g in p.groups if g != request["id"])}) for p in pools]
-        return Changes(put=[*cleared], delete=[state.store.require(Group, request["id"])])
+        group = state.store.require(Group, request["id"])
+        marked = state.store.get(StorageCluster, group.storage) if group.storage else None
+        return Changes(put=[*cleared], delete=[group, *([marked] if marked else [])])
 
     await job.commit()
     await job.write("remove", remove)
@@ -112,6 +122,15 @@ def _prepare_assign(state: State, target: str, request: AssignNodes) -> Prepared
         for instance in state.store.all(Instance):
             if node.id in state.claim(instance.id).nodes and node.group != group.id:
                 raise InUse(f"node {node.name} runs instance {instance.name} of another group", hint=f"atoll node evacuate {node.name}")
+        if node.group == group.id:
+            continue
+        if node.storage in ("joined", "stopped"):
+            raise InUse(f"node {node.name} has a part in its group's storage cluster", hint="docs/howto/build-a-ceph-cluster.md")
+        if group.storage and not node.offline:
+            raise WrongState(
+                f"group {group.name} has a storage cluster: only a node that is offline can be put into it",
+                hint=f"atoll node modify {node.name} --offline yes",
+            )
     held = [group.resource, *(node.resource for node in nodes)]
     return Prepared(
         {"id": group.id, "nodes": [n.id for n in nodes]},
@@ -125,7 +144,7 @@ async def _run_assign(job: JobContext, request: dict[str, Any]) -> Any:
         nodes = [job.state.store.require(Node, n) for n in request["nodes"]]
         # A node that changes its group prepares the pools of the new one before it takes instances.
         moved = [n for n in nodes if n.group != request["id"]]
-        return Changes(put=[n.model_copy(update={"group": request["id"], "ready": False}) for n in moved])
+        return Changes(put=[n.model_copy(update={"group": request["id"], "ready": False, "storage": ""}) for n in moved])
 
     await job.commit()
     await job.write("assign", assign)
@@ -142,6 +161,7 @@ def _prepare_cluster(state: State, target: str, request: ClusterModify) -> Prepa
         for option in options:
             if option not in known:
                 raise NotFound(f"driver {driver} has no option {option!r}", hint=f"options: {', '.join(sorted(known))}")
+    check_cluster(state, request.storage_options)
     if request.hypervisor and request.hypervisor != state.cluster.hypervisor and state.store.all(Instance):
         raise WrongState("the hypervisor can change only while there are no instances", hint="atoll instance list")
     return Prepared(frozen(request), locks(exclusive=["cluster:cluster"]), "modify the cluster")
@@ -150,10 +170,11 @@ def _prepare_cluster(state: State, target: str, request: ClusterModify) -> Prepa
 async def _run_cluster(job: JobContext, request: dict[str, Any]) -> Any:
     def change() -> Changes:
         cluster = job.state.cluster
-        merged = {**cluster.driver_options}
+        drivers_options = {**cluster.driver_options}
         for driver, options in request["driver_options"].items():
-            merged[driver] = {k: v for k, v in {**merged.get(driver, {}), **options}.items() if v}
-        update: dict[str, Any] = {"driver_options": merged}
+            drivers_options[driver] = {k: v for k, v in {**drivers_options.get(driver, {}), **options}.items() if v}
+        options = merged(cluster.storage_options, request.get("storage_options", {}))
+        update: dict[str, Any] = {"driver_options": drivers_options, "storage_options": options}
         if request["hypervisor"]:
             update["hypervisor"] = request["hypervisor"]
         return Changes(put=[cluster.model_copy(update=update)])

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from atoll.model.messages import GuestStatus, Space
-from atoll.model.objects import Group, Hold, Instance, Job, JobState, Node, Pool, Volume
+from atoll.model.objects import Group, Hold, Instance, Job, JobState, Node, Pool, StorageCluster, Volume
 from atoll.storage import registry
 from atoll.storage.contract import DriverInfo
 
@@ -93,6 +93,11 @@ class Index:
     def pool_name(self, pool: str) -> str:
         """The name of a pool; its id if it was removed."""
         return self.pools[pool].name if pool in self.pools else pool
+
+    def storage_name(self, storage: str) -> str:
+        """The name of a storage cluster; its id if it was removed."""
+        found = self.state.store.get(StorageCluster, storage) if storage else None
+        return found.name if found else storage
 
     def driver(self, pool: str) -> DriverInfo | None:
         """The capabilities of a pool's driver."""

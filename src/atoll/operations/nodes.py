@@ -15,6 +15,8 @@ from atoll.operations.making import declare_lost
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import NodeDeclareDead, NodeModify, NodeMove, NodeRemove, Nothing, TagsChange
 from atoll.operations.state import State
+from atoll.operations.storage_options import check_node, merged
+from atoll.operations.storage_rest import change_of, check_answers, cluster_of, follow
 
 MASTER_CANDIDATE = "master-candidate"
 ROLES = frozenset({"vm", "storage-controller", MASTER_CANDIDATE})
@@ -36,20 +38,42 @@ def _prepare_modify(state: State, target: str, request: NodeModify) -> Prepared:
     for role in request.roles or []:
         if role not in ROLES:
             raise InvalidInput(f"there is no role {role!r}", hint=f"roles: {', '.join(sorted(ROLES))}")
-    return Prepared(frozen(request, id=node.id), locks(exclusive=[node.resource]), f"modify node {node.name}")
+    check_node(node, request.storage_options)
+    held = [node.resource]
+    change = change_of(state, node, request.offline)
+    if change:
+        cluster = cluster_of(state, node)
+        # One node at a time: each alone may be let go, two together may not.
+        held += [cluster.resource] if cluster else []
+        if change == "joined":
+            check_answers(state, node)
+    return Prepared(frozen(request, id=node.id), locks(exclusive=held), f"modify node {node.name}")
 
 
 async def _run_modify(job: JobContext, request: dict[str, Any]) -> Any:
+    storage = await job.read(
+        "change of storage", lambda: change_of(job.state, job.state.store.require(Node, request["id"]), request["offline"])
+    )
+    if storage:
+        await follow(job, request["id"], request.get("io_may_stop", False))
+
     def change() -> Changes:
         node = job.state.store.require(Node, request["id"])
         update = {k: request[k] for k in ("offline", "drained") if request[k] is not None}
         if request["roles"] is not None:
             update["roles"] = tuple(sorted(request["roles"]))
+        if storage:
+            update["storage"] = storage
+        elif request["offline"] is False and node.offline and not node.storage and cluster_of(job.state, node) is not None:
+            # It was put into the group while it was offline: now it joins.
+            update["storage"] = "wanted"
+        if request.get("storage_options", {}):
+            update["storage_options"] = merged(node.storage_options, request.get("storage_options", {}))
         return Changes(put=[node.model_copy(update=update)])
 
     await job.commit()
     await job.write("change", change)
-    return {"node": request["id"]}
+    return {"node": request["id"], **({"storage": storage} if storage else {})}
 
 
 register(Operation("node.modify", NodeModify, _prepare_modify, _run_modify, role="admin"))
@@ -68,6 +92,11 @@ def _prepare_remove(state: State, target: str, request: NodeRemove) -> Prepared:
         raise InUse(f"node {node.name} owns {len(volumes)} node-local volumes, such as {volumes[0].name}", hint=f"{first}{lost}")
     if node.id == state.replication.master:
         raise InUse(f"the master works on node {node.name}", hint="on a master candidate: atoll cluster master-failover")
+    if node.storage in ("joined", "stopped"):
+        raise InUse(
+            f"node {node.name} has a part in a storage cluster ({', '.join(node.storage_roles)}), and what is on it would be missed",
+            hint="docs/howto/build-a-ceph-cluster.md",
+        )
     if MASTER_CANDIDATE in node.roles:
         raise InUse(
             f"node {node.name} is a master candidate and holds the keys of a master",

@@ -51,6 +51,8 @@ class ClusterModify(Request):
 
     driver_options: dict[str, dict[str, str]] = Field(default_factory=dict)
     hypervisor: Literal["qemu", "fake"] | None = None
+    #: Kind of storage cluster -> option -> value; an empty value removes it. Only while no storage cluster is initialised.
+    storage_options: dict[str, dict[str, str]] = Field(default_factory=dict)
 
 
 class ClusterRenewCertificates(Request):
@@ -91,6 +93,8 @@ class GroupModify(Request):
     machine: str | None = None
     #: Driver -> pool: what ``-t DRIVER`` means in this group; an empty pool removes the entry.
     default_pools: dict[str, str] = Field(default_factory=dict)
+    #: Where this group's storage cluster shall differ from the cluster's options; only before it is initialised.
+    storage_options: dict[str, dict[str, str]] = Field(default_factory=dict)
 
 
 class Rename(Request):
@@ -113,7 +117,11 @@ class NodeModify(Request):
 
     offline: bool | None = None
     drained: bool | None = None
+    #: Stop its part of a storage cluster even if guests could no longer read and write.
+    io_may_stop: bool = False
     roles: list[str] | None = None
+    #: Where this node shall differ from its group's options for storage clusters, such as its disks; only before it has a part in one.
+    storage_options: dict[str, dict[str, str]] = Field(default_factory=dict)
 
 
 class NodeRenew(Request):
@@ -140,6 +148,19 @@ class NodeDeclareDead(Request):
     """
 
     disks_are_lost: bool = False
+
+
+# --- storage clusters ---
+
+
+class NodeJoinStorage(Request):
+    """Let the node have a part in its group's storage cluster. Its disks (-S of cluster, group and node) are erased."""
+
+
+class StorageInit(Request):
+    """Make a storage cluster of the nodes of a group; a group without nodes is only marked."""
+
+    type: Name
 
 
 # --- pools ---

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from atoll.model.errors import HostError, NotFound
 from atoll.model.messages import NodeReport, Progress
-from atoll.model.objects import Authority, Group, Instance, Job, JobState, Node, Pool, Step, Volume, VolumeState
+from atoll.model.objects import Authority, Group, Instance, Job, JobState, Node, Pool, Step, StorageCluster, Volume, VolumeState
 from atoll.operations.index import Index, Row, Spaces
 from atoll.operations.instance_views import instance
 from atoll.runtime import certs
@@ -37,6 +37,7 @@ def cluster(state: State) -> Row:
         "ca_expires": _ca_expires(state),
         "master_certificate_expires": _master_expires(state),
         "driver_options": record.driver_options,
+        "storage_options": record.storage_options,
         "drivers": [info.name for info in registry.drivers()],
         "tags": list(record.tags),
         "master": index.node_name(state.replication.master or None),
@@ -94,6 +95,8 @@ def group(item: Group, index: Index) -> Row:
         "instances": sum(instance.group == item.id for instance in index.instances.values()),
         "pools": sorted(pool.name for pool in index.pools.values() if item.id in pool.groups),
         "default_pools": {driver: index.pools[pool].name for driver, pool in item.default_pools.items() if pool in index.pools},
+        "storage": index.storage_name(item.storage),
+        "storage_options": item.storage_options,
         "machine": item.pin.machine,
         "cpu_model": item.pin.cpu_model,
         "accelerator": item.pin.accelerator,
@@ -142,6 +145,9 @@ def node(item: Node, index: Index) -> Row:
         "address": item.address,
         "port": item.port,
         "roles": list(item.roles),
+        "storage": item.storage,
+        "storage_roles": list(item.storage_roles),
+        "storage_options": item.storage_options,
         "replica": replica_words(index.state, item),
         "offline": item.offline,
         "drained": item.drained,
@@ -246,6 +252,25 @@ def volume(item: Volume, index: Index) -> Row:
     }
 
 
+def storage(item: StorageCluster, index: Index) -> Row:
+    """A storage cluster that Atoll has made. Its keys are not shown."""
+    group = index.groups.get(item.group)
+    nodes = [node for node in index.nodes.values() if node.group == item.group and node.storage]
+    return {
+        "name": item.name,
+        "id": item.id,
+        "type": item.type,
+        "state": "made" if item.layout else "marked",
+        "group": group.name if group else item.group,
+        "nodes": {node.name: " ".join([node.storage, *node.storage_roles]) for node in sorted(nodes, key=lambda node: node.name)},
+        "options": dict(item.options),
+        "layout": dict(item.layout),
+        "created": item.created,
+        "tags": list(item.tags),
+        "hold": index.hold(item.resource),
+    }
+
+
 # --- jobs ---
 
 
@@ -314,6 +339,7 @@ KINDS: dict[str, tuple[type[Any], Callable[[Any, Index], Row]]] = {
     "pool": (Pool, pool),
     "volume": (Volume, volume),
     "instance": (Instance, instance),
+    "storage": (StorageCluster, storage),
     "job": (Job, job),
 }
 

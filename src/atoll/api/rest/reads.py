@@ -17,6 +17,7 @@ from atoll.model.errors import InvalidInput
 from atoll.model.messages import Space
 from atoll.operations import views
 from atoll.operations.index import Index, Row
+from atoll.operations.storages import preview
 
 #: The longest answer of a list, and of a wait in seconds.
 MAX_LIMIT, MAX_WAIT = 10_000, 60.0
@@ -98,6 +99,18 @@ def router(leader: Leader) -> APIRouter:
     async def os_definitions(request: Request) -> Response:
         auth.require(request, leader, "reader")
         return answer({"items": await leader.os_definitions()})
+
+    @routes.get("/v1/groups/{target}/storage-plan", tags=["storage"], summary="What storage.init would make of the group, in words")
+    async def plan(
+        request: Request, target: str, type: Annotated[str, Query(description="the kind of storage cluster")] = ""
+    ) -> Response:
+        auth.require(request, leader, "reader")
+        return answer(preview(leader.state, target, type).model_dump(mode="json"))
+
+    @routes.get("/v1/storages/{target}/status", tags=["storage"], summary="What a storage cluster says of itself now")
+    async def storage_status(request: Request, target: str) -> Response:
+        auth.require(request, leader, "reader")
+        return answer(await leader.storage_status(target))
 
     for noun in views.KINDS:
         _reads_of(routes, leader, noun)

@@ -2,7 +2,7 @@
 
 /usr /bin /opt /home ...   the machine's, whatever top-level directories it has
 /etc /var                  the machine's with a private layer over them, empty again after each boot
-/etc/atoll /var/lib/atoll  on the node's own disk: what survives a power cut
+/etc/atoll /var/lib/atoll  on the node's own disk: what survives a power cut; /etc/ceph and /var/lib/ceph too
 /var/log/atoll             kept outside, so that a dead node's logs can be read
 /run /tmp /dev /proc /sys  private
 /srv/shared                the lab's shared storage
@@ -35,7 +35,7 @@ from atoll.lab.pid1.syscalls import (
 PRIVATE = frozenset({"proc", "sys", "dev", "run", "tmp", "etc", "var", "srv", "lost+found"})
 
 #: Directory on the node's disk -> where the node sees it.
-PERSISTENT = {"state": "var/lib/atoll", "etc": "etc/atoll"}
+PERSISTENT = {"state": "var/lib/atoll", "etc": "etc/atoll", "ceph": "var/lib/ceph", "etc-ceph": "etc/ceph"}
 
 SHARED = "srv/shared"
 

@@ -1,0 +1,1 @@
+"""Nodes into a storage cluster."""

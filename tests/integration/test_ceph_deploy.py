@@ -1,0 +1,325 @@
+"""A real Ceph cluster of three real nodes, and a fourth that joins: bluestore on spare disks, plain daemons, all by our own commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import until
+
+from atoll.lab.bringup import ATOLL, make_cluster
+from atoll.lab.lab import Lab
+from atoll.lab.nodes import Node
+
+PROGRAMS = ("ceph-mon", "ceph-mgr", "ceph-osd", "monmaptool", "rbd")
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+    pytest.mark.xdist_group("ceph-deploy"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="real nodes need root"),
+    pytest.mark.skipif(any(shutil.which(name) is None for name in PROGRAMS), reason="Ceph is not installed"),
+]
+DISK, KINDS = "/dev/disk1", ("mon", "mgr", "osd")
+CLIENT = ["-c", "/etc/atoll/ceph/ceph.conf", "-n", "client.atoll"]
+
+
+class Trial:
+    """A lab of four nodes with an Atoll cluster, and its command line on node1. node4 is in a group of its own at first."""
+
+    def __init__(self, name: str) -> None:
+        self.lab = Lab.create(name, 4, disks=1)
+        self.seen: set[str] = set()
+        try:
+            make_cluster(self.lab, "fake")
+            for node in self.lab.nodes:
+                for service in node.services():
+                    node.set_service(service.name, service.argv, {"ATOLL_FAULT_FILE": f"/run/atoll/fault-{service.name}"})
+                    node.stop_service(service.name)
+                    node.start_service(service.name)
+            self.wait_nodes()
+            self.atoll("group", "add", "later")
+            self.atoll("group", "assign-nodes", "later", "node4")
+        except BaseException:
+            self.lab.down()
+            raise
+
+    def node(self, name: str) -> Node:
+        return self.lab.node(name)
+
+    def atoll(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        return self.node("node1").exec([*ATOLL, *words], timeout=240, check=check)
+
+    def ask(self, *words: str) -> Any:
+        return json.loads(self.atoll(*words, "--format", "json").stdout)
+
+    def row(self, node: str) -> dict[str, Any]:
+        found: dict[str, Any] = next(row for row in self.ask("node", "list") if row["name"] == node)
+        return found
+
+    def wait_nodes(self) -> None:
+        def fine() -> bool:
+            done = self.atoll("node", "list", "--format", "json", check=False)
+            return done.returncode == 0 and all(row["state"] in ("ok", "offline") for row in json.loads(done.stdout))
+
+        until(fine, "all nodes are well")
+
+    def daemons(self, node: str) -> dict[str, int]:
+        """Name, such as ``osd.0`` -> pid as this machine sees it."""
+        found = {}
+        here = self.node(node)
+        within = os.readlink(f"/proc/{here.pid}/ns/pid") if here.running else ""
+        for entry in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                argv = Path(f"/proc/{entry}/cmdline").read_text().split("\0")
+                kind = os.path.basename(argv[0]).removeprefix("ceph-")
+                if kind in KINDS and "--mkfs" not in argv and os.readlink(f"/proc/{entry}/ns/pid") == within:
+                    found[f"{kind}.{argv[argv.index('-i') + 1]}"] = int(entry)
+            except (OSError, ValueError):
+                continue
+        return found
+
+    def has(self, node: str, path: str) -> bool:
+        return self.node(node).exec(["test", "-e", path]).returncode == 0
+
+    def arm(self, node: str, service: str, point: str) -> Path:
+        path = self.node(node).run_dir / f"fault-{service}"
+        path.write_text(point)
+        return path
+
+    def healthy(self) -> bool:
+        done = self.atoll("storage", "status", "ceph", "--format", "json", check=False)
+        return done.returncode == 0 and json.loads(done.stdout)["health"] == "HEALTH_OK"
+
+
+class Watching:
+    """Every command line on this machine, again and again."""
+
+    def __init__(self) -> None:
+        self.seen: set[str] = set()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.01):
+            for entry in filter(str.isdigit, os.listdir("/proc")):
+                try:
+                    self.seen.add(Path(f"/proc/{entry}/cmdline").read_bytes().decode(errors="replace"))
+                except OSError:
+                    continue
+
+    def __enter__(self) -> Watching:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+@pytest.fixture(scope="module")
+def trial() -> Iterator[Trial]:
+    made = Trial(f"cd{os.getpid()}")
+    try:
+        yield made
+    finally:
+        made.lab.down()
+
+
+def keys_of(trial: Trial) -> set[str]:
+    """Every key of the cluster, as its files have them."""
+    found: set[str] = set()
+    for node in trial.lab.nodes:
+        files = "cat /etc/ceph/*.keyring /etc/atoll/ceph/*.keyring /var/lib/ceph/*/*/keyring"
+        found |= set(re.findall(r"key = (\S+)", node.exec(["sh", "-c", files]).stdout))
+    return found
+
+
+def test_everything_that_stands_against_it_is_told_at_once(trial: Trial) -> None:
+    trial.atoll("cluster", "modify", "-S", f"ceph:disk={DISK},profile=small")
+    trial.node("node2").exec(["sh", "-c", "echo '[global]' > /etc/ceph/ceph.conf"], check=True)
+    trial.node("node3").exec(["mkfs.xfs", "-q", DISK], check=True)
+    trial.atoll("node", "modify", "node1", "-S", f"ceph:disk={DISK}:/dev/disk9")
+    plan = trial.atoll("storage", "init", "-s", "ceph", "default", "--dry-run").stdout
+    assert "one node may fail, whichever: guests go on reading and writing" in plan
+    done = trial.atoll("storage", "init", "-s", "ceph", "default", check=False)
+    assert done.returncode == 6, done.stdout + done.stderr
+    for words in ("node1: disk /dev/disk9 is not there", "node2: /etc/ceph/ceph.conf exists", "node3: disk /dev/disk1 is not empty"):
+        assert words in done.stderr, done.stderr
+    assert not any(trial.daemons(node.name) for node in trial.lab.nodes)
+    assert not trial.has("node1", "/etc/ceph/ceph.conf")
+    trial.node("node2").exec(["rm", "/etc/ceph/ceph.conf"], check=True)
+    trial.node("node3").exec(["wipefs", "-qa", DISK], check=True)
+    trial.atoll("node", "modify", "node1", "-S", "ceph:disk=")
+
+
+def test_what_is_cancelled_in_the_middle_leaves_nothing(trial: Trial) -> None:
+    held = trial.arm("node3", "agent", "hold agent:ceph.osd:after")
+    job = trial.atoll("storage", "init", "-s", "ceph", "default", "--submit").stdout.strip()
+    until(held.with_name(f"{held.name}.held").exists, "the OSD on node3 is made")
+    assert trial.daemons("node1")
+    trial.atoll("job", "cancel", job)
+    until(lambda: trial.ask("job", "info", job)["state"] == "undone", "it is undone")
+    held.unlink(missing_ok=True)
+    held.with_name(f"{held.name}.held").unlink(missing_ok=True)
+    for node in trial.lab.nodes:
+        assert trial.daemons(node.name) == {}
+        left = node.exec(["find", "/etc/ceph", "/etc/atoll/ceph", "/var/lib/ceph", "-type", "f"]).stdout
+        assert left == "", left
+        assert node.exec(["blkid", "-p", DISK]).returncode == 2, "the disk is empty again"
+    assert trial.ask("storage", "list") == []
+
+
+def test_three_nodes_become_a_ceph_cluster_though_master_and_agent_die(trial: Trial) -> None:
+    faults = [
+        trial.arm("node2", "agent", "agent:ceph.osd:after"),
+        # The intents of managers and OSDs are journaled, and no order has been given.
+        trial.arm("node1", "master", "master:storage.init:16:after-intent"),
+    ]
+    began = time.monotonic()
+    with Watching() as watching:
+        done = trial.atoll("storage", "init", "-s", "ceph", "default")
+    print(f"made in {time.monotonic() - began:.1f} s")
+    assert "health: HEALTH_OK" in done.stdout
+    assert not [path.name for path in faults if path.exists()], "both have died"
+    status = trial.ask("storage", "status", "ceph")
+    assert (status["quorum"], status["osds_up"], status["manager"]) == (["node1", "node2", "node3"], 3, True)
+    rows = {row["name"]: row for row in trial.ask("node", "list")}
+    assert [rows[f"node{n}"]["storage_roles"] for n in (1, 2, 3)] == [["mon", "mgr", "osd"], ["mon", "mgr", "osd"], ["mon", "osd"]]
+    keys = keys_of(trial)
+    assert len(keys) == 4 + 2 + 3, "mon., admin, two clients; two managers; three OSDs"
+    assert not [line for line in watching.seen if any(key in line for key in keys)], "a key was in a command line"
+    assert any("ceph-osd" in line for line in watching.seen)
+    # The key that manages images lies on the controller only; the administrator's where monitors are.
+    assert trial.has("node1", "/etc/atoll/ceph/ceph.client.atoll.keyring")
+    assert not trial.has("node2", "/etc/atoll/ceph/ceph.client.atoll.keyring")
+    assert trial.has("node2", "/etc/atoll/ceph/ceph.client.atoll-node.keyring")
+
+
+def test_no_key_is_in_the_store_or_in_logs(trial: Trial) -> None:
+    keys = [key.encode() for key in keys_of(trial)]
+    here = trial.node("node1")
+    files = [path for path in (here.root / "var/lib/atoll/store").rglob("*") if path.is_file()]
+    files += [path for node in trial.lab.nodes for path in node.log_dir.rglob("*") if path.is_file()]
+    files += [node.root / "var/lib/atoll/agent.db" for node in trial.lab.nodes]
+    assert len(files) > 8
+    for path in files:
+        content = path.read_bytes()
+        assert not any(key in content for key in keys), path
+
+
+def test_clients_write_and_read(trial: Trial) -> None:
+    here = trial.node("node1")
+    here.exec(["sh", "-c", "head -c 8M /dev/urandom > /tmp/data"], check=True)
+    here.exec(["rbd", *CLIENT, "import", "/tmp/data", "rbd/one"], check=True, timeout=60)
+    here.exec(["rbd", *CLIENT, "export", "rbd/one", "/tmp/back"], check=True, timeout=60)
+    here.exec(["cmp", "/tmp/data", "/tmp/back"], check=True)
+    # Who only opens images cannot make others' users, and who manages images is no administrator.
+    denied = here.exec(["ceph", *CLIENT, "--connect-timeout", "20", "auth", "ls"], timeout=60)
+    assert denied.returncode == 13, denied.stderr
+
+
+def test_a_second_time_changes_nothing(trial: Trial) -> None:
+    before = {node.name: trial.daemons(node.name) for node in trial.lab.nodes}
+    assert "unchanged: yes" in trial.atoll("storage", "init", "-s", "ceph", "default").stdout
+    assert {node.name: trial.daemons(node.name) for node in trial.lab.nodes} == before
+    refused = trial.atoll("cluster", "modify", "-S", "ceph:size=2", check=False)
+    assert refused.returncode == 6
+    assert "is initialised" in refused.stderr
+
+
+def test_a_node_goes_offline_with_its_daemons_and_comes_back(trial: Trial) -> None:
+    before = sorted(trial.daemons("node3"))
+    trial.atoll("node", "modify", "node3", "--offline", "yes")
+    assert trial.daemons("node3") == {}
+    assert trial.row("node3")["storage"] == "stopped"
+    status = trial.ask("storage", "status", "ceph")
+    assert status["quorum"] == ["node1", "node2"]
+    assert any(word.startswith("OSD_FLAGS") for word in status["checks"]), "noout for the host"
+    # Guests go on; without a second node they could not.
+    trial.node("node1").exec(["rbd", *CLIENT, "import", "/tmp/data", "rbd/two"], check=True, timeout=60)
+    refused = trial.atoll("node", "modify", "node2", "--offline", "yes", check=False)
+    assert refused.returncode == 6, refused.stderr
+    assert "--io-may-stop" in refused.stderr
+    assert len(trial.daemons("node2")) == 3
+    # It stays off over a restart of its agent.
+    here = trial.node("node3")
+    here.stop_service("agent")
+    here.start_service("agent")
+    trial.wait_nodes()
+    until(lambda: trial.row("node3")["alive"], "the agent of node3 reports")
+    assert trial.daemons("node3") == {}
+    trial.atoll("node", "modify", "node3", "--offline", "no")
+    assert sorted(trial.daemons("node3")) == before
+    until(trial.healthy, "Ceph is well")
+
+
+def test_a_fourth_node_joins_by_itself_while_a_client_writes(trial: Trial) -> None:
+    trial.node("node1").exec(["rbd", *CLIENT, "create", "rbd/busy", "--size", "64M"], check=True)
+    here = trial.node("node1")
+    refused = trial.atoll("group", "assign-nodes", "default", "node4", check=False)
+    assert "only a node that is offline" in refused.stderr
+    trial.atoll("node", "modify", "node4", "--offline", "yes")
+    trial.atoll("group", "assign-nodes", "default", "node4")
+    assert trial.daemons("node4") == {}, "nothing is configured yet"
+    bench = ["rbd", *CLIENT, "bench", "--io-type", "write", "--io-pattern", "rand", "--io-total", "1G", "rbd/busy"]
+    writer = subprocess.Popen(here.command(bench), env=here.environ(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        trial.node("node1").exec([*ATOLL, "node", "add", "node4", "--readd"], check=True)
+        until(lambda: trial.row("node4")["storage"] == "joined", "node4 has joined", 150)
+        assert writer.poll() is None, "it writes on"
+    finally:
+        writer.terminate()
+        words, _ = writer.communicate(timeout=60)
+    assert "error" not in words.lower(), words
+    assert trial.row("node4")["storage_roles"] == ["osd"], "three monitors are enough"
+    assert list(trial.daemons("node4")) == ["osd.3"]
+    until(lambda: trial.ask("storage", "status", "ceph")["osds_up"] == 4 and trial.healthy(), "Ceph is well with four OSDs", 150)
+    assert not trial.has("node4", "/etc/ceph/ceph.client.admin.keyring")
+
+
+def test_daemons_outlive_the_agent_and_come_back_after_a_power_cut(trial: Trial) -> None:
+    before = trial.daemons("node3")
+    assert sorted(name.split(".")[0] for name in before) == ["mon", "osd"]
+    here = trial.node("node3")
+    os.kill(next(s.pid for s in here.services() if s.name == "agent") and _outer(trial, "node3"), signal.SIGKILL)
+    until(lambda: any(s.restarts for s in here.services() if s.name == "agent"), "the agent was started again")
+    assert trial.daemons("node3") == before
+    here.kill()
+    here.boot()
+    until(lambda: sorted(trial.daemons("node3")) == sorted(before), "its daemons are back")
+    until(trial.healthy, "Ceph is well")
+    trial.node("node1").exec(["rbd", *CLIENT, "export", "rbd/one", "/tmp/again"], check=True, timeout=60)
+    trial.node("node1").exec(["cmp", "/tmp/data", "/tmp/again"], check=True)
+
+
+def _outer(trial: Trial, node: str) -> int:
+    """The agent's pid as this machine sees it."""
+    within = os.readlink(f"/proc/{trial.node(node).pid}/ns/pid")
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            argv = Path(f"/proc/{entry}/cmdline").read_text()
+            if "atoll.agent.daemon" in argv and os.readlink(f"/proc/{entry}/ns/pid") == within:
+                return int(entry)
+        except OSError:
+            continue
+    raise AssertionError("no agent there")
+
+
+def test_nothing_stays_after_the_lab(trial: Trial) -> None:
+    pids = [pid for node in trial.lab.nodes for pid in trial.daemons(node.name).values()]
+    assert len(pids) == 9
+    trial.lab.down()
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    loops = subprocess.run(["losetup", "-l", "-n", "-O", "BACK-FILE"], capture_output=True, text=True, check=True).stdout
+    assert trial.lab.name not in loops
