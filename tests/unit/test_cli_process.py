@@ -153,18 +153,32 @@ async def test_verify_says_what_to_type_and_fails_on_errors(shell: Shell) -> Non
 
 
 async def test_a_command_waits_and_shows_progress_as_lines(shell: Shell) -> None:
-    shell.leader.script = Script(progress=[Progress(percent=10, text="copies memory"), Progress(percent=90, text="switches over")])
-    ended = await shell("instance migrate web1 -n node2")
-    assert ended.code == 0
-    assert ended.out == "Job 1 done: instance migrate web1 (3.2s)\n"
-    assert "Job 1: instance migrate web1 90% - switches over" in ended.err
+    gate = asyncio.Event()
+    script = Script(progress=[Progress(percent=10, text="copies memory"), Progress(percent=90, text="switches over")], gate=gate)
+    shell.leader.script = script
+    process = await shell.start("instance", "migrate", "web1", "-n", "node2")
+    assert process.stderr
+    told = b""
+    while b"Job 1: instance migrate web1 90% - switches over" not in told:
+        line = await asyncio.wait_for(process.stderr.readline(), 60)
+        assert line, f"it ended after {told!r}"
+        told += line
+    gate.set()
+    out, _ = await asyncio.wait_for(process.communicate(), 60)
+    assert (process.returncode, out) == (0, b"Job 1 done: instance migrate web1 (3.2s)\n")
 
 
 async def test_progress_on_a_terminal_is_one_line_written_over(shell: Shell) -> None:
-    shell.leader.script = Script(progress=[Progress(percent=n * 10, text="copies") for n in range(1, 6)])
+    gate = asyncio.Event()
+    shell.leader.script = Script(progress=[Progress(percent=n * 10, text="copies") for n in range(1, 6)], gate=gate)
     primary, secondary = pty.openpty()
     process = await shell.start("instance", "migrate", "web1", stderr=secondary)
     os.close(secondary)
+    seen = asyncio.Event()
+    asyncio.get_running_loop().add_reader(primary, seen.set)
+    await asyncio.wait_for(seen.wait(), 60)
+    asyncio.get_running_loop().remove_reader(primary)
+    gate.set()
     out, _ = await asyncio.wait_for(process.communicate(), 60)
     shown = b""
     with os.fdopen(primary, "rb", buffering=0) as terminal:
