@@ -96,6 +96,7 @@ def main() -> int:
     parser.add_argument("--pytest", default="", help="more options for pytest")
     given = parser.parse_args()
     os.environ.setdefault("ATOLL_FAULT_STEPS", STEPS)
+    os.environ.setdefault("ATOLL_EVERY_MOMENT", "1")
     known = {group.name: group for group in GROUPS}
     unknown = set(given.groups) - set(known)
     missing = [path for group in GROUPS for path in group.paths if not (TOP / path).exists()]

@@ -41,7 +41,7 @@ MIB = 1 << 20
 GOOD: dict[str, list[Any]] = {
     "name": [],
     "new_name": [],
-    "disk": [0, 1],
+    "disk": [0, 1, {"size": GIB}],
     "increment": [GIB],
     "size": [GIB, 2 * GIB, 3 * GIB],
     "memory": [128 * MIB, GIB],
@@ -50,6 +50,24 @@ GOOD: dict[str, list[Any]] = {
     "slot": [0, 1],
     "index": [0, 1],
     "image": [None],
+}
+
+
+#: What can be done only in a state that is seldom there by chance: files on the nodes, jobs that need attention, dead nodes, empty ones.
+SELDOM = {
+    "POST /v1/instances/import",
+    "POST /v1/instances/{target}/export",
+    "POST /v1/instances/{target}/reinstall",
+    "GET /v1/nodes/{target}/logs",
+    "POST /v1/jobs/{target}/cancel",
+    "POST /v1/jobs/{target}/resume",
+    "POST /v1/jobs/{target}/undo",
+    "POST /v1/nodes/{target}/declare-dead",
+    "DELETE /v1/nodes/{target}",
+    "GET /v1/storages/{target}",
+    "GET /v1/storages/{target}/status",
+    "POST /v1/storages/{target}/init",
+    "POST /v1/nodes/{target}/join-storage",
 }
 
 
@@ -209,7 +227,9 @@ def test_no_request_meets_a_bug(tmp_path: Path, record_property: Any) -> None:
     record_property("clusters", work.asked)
     assert not work.wrong, "\n".join([f"{len(work.wrong)} of {work.asked}:", *work.wrong[:20]])
     assert set(work.statuses) == everything
-    # Nearly every address was asked something that it could do; the rest needs a state that is seldom there.
-    never = sorted(label for label, found in work.statuses.items() if not any(status < 300 for status in found))
+    # Nearly every address was asked something that it could do.
+    done = {label for label, found in work.statuses.items() if any(status < 300 for status in found)}
+    never = sorted(everything - done - SELDOM)
+    assert everything >= SELDOM
     print(f"{work.asked} requests; never done: {never}")
-    assert len(never) <= len(everything) // (6 if LONG else 3), never
+    assert len(never) <= len(everything) // (10 if LONG else 3), never
