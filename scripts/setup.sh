@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 packages=(python3 python3-venv)
-host=(qemu-system-x86 qemu-utils busybox-static xfsprogs iproute2 lz4 cpio binutils gcc libc6-dev openssl procps openssh-client mmdebstrap extlinux e2fsprogs)
+host=(mount util-linux qemu-system-x86 qemu-utils busybox-static xfsprogs iproute2 lz4 cpio binutils gcc libc6-dev openssl procps openssh-client mmdebstrap extlinux e2fsprogs)
 case ${1:-demo} in
     demo) extras="" packages+=("${host[@]}") ;;
     test) extras="[test]" packages+=("${host[@]}" bindfs spin

@@ -22,7 +22,7 @@ def run(argv: Sequence[str], *, stdin: str = "", keep: Sequence[int] = (), deadl
     try:
         done = subprocess.run(argv, input=stdin, capture_output=True, text=True, pass_fds=keep, timeout=deadline, check=False)
     except FileNotFoundError:
-        raise HostError(f"the program {argv[0]} is not installed", hint="apt install iproute2 util-linux xfsprogs") from None
+        raise HostError(f"the program {argv[0]} is not installed", hint="apt install iproute2 util-linux mount xfsprogs") from None
     except subprocess.TimeoutExpired:
         raise DeadlineExceeded(f"{argv[0]} did not end within {deadline:.0f} s", hint="look for a hung device: dmesg | tail") from None
     if done.returncode:
