@@ -159,7 +159,7 @@ def _shut_out(link: Link, addresses: list[str]) -> list[str]:
         command = {"prefix": "osd blocklist", "blocklistop": "add", "addr": address, "expire": float(_EXPIRE)}
         code, _, words = link.cluster.mon_command(json.dumps(command), b"")
         if code:
-            raise rados.make_ex(code, f"shutting out {address}: {words}")
+            raise rados.OSError(f"shutting out {address}: {words}", errno=abs(code))
     if addresses:
         link.cluster.wait_for_latest_osdmap()
     return addresses

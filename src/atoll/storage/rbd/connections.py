@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -66,7 +67,7 @@ def explain(error: Any, options: RbdOptions, what: str) -> AtollError:
     return HostError(f"{words}: {os.strerror(number) if number else error}")
 
 
-def _connect(options: RbdOptions, user: str, keyring: str) -> Any:
+def _connect(options: RbdOptions, user: str, keyring: str, more: dict[str, str] | None = None) -> Any:
     """A connection to the cluster. Errors: PoolUnavailable, InvalidInput."""
     available()
     for path, what in ((options.conf, "Ceph's configuration"), (keyring, f"the keyring of client.{user}")):
@@ -78,12 +79,40 @@ def _connect(options: RbdOptions, user: str, keyring: str) -> Any:
     settings = {"keyring": keyring, "client_mount_timeout": str(_CONNECT), "rados_mon_op_timeout": str(_COMMAND)}
     # Its log and admin socket would lie about under /var and /run; clones of version 2 need no protected snapshots.
     settings |= {"log_file": "", "log_to_stderr": "false", "admin_socket": "", "rbd_default_clone_format": "2"}
+    settings |= more or {}
     try:
         cluster = rados.Rados(conffile=options.conf, rados_id=user, conf=settings)
         cluster.connect(timeout=_CONNECT)
     except rados.Error as error:
         raise explain(error, options, f"connecting as client.{user}") from error
     return cluster
+
+
+def connect(options: RbdOptions, **settings: str) -> Any:
+    """A connection of the managing user, which the caller keeps. Errors: PoolUnavailable, InvalidInput."""
+    return _connect(options, options.user, options.keyring, settings)
+
+
+def forbidden(error: Any) -> bool:
+    """Whether Ceph does not let this user do that."""
+    return abs(getattr(error, "errno", None) or 0) in (errno.EPERM, errno.EACCES)
+
+
+def ask(cluster: Any, prefix: str, **more: str) -> Any:
+    """A question to the monitors. Raises rados.Error."""
+    return _answer(prefix, cluster.mon_command(json.dumps({"prefix": prefix, "format": "json", **more}), b""))
+
+
+def ask_manager(cluster: Any, prefix: str) -> Any:
+    """A question to the manager, which hangs as long as there is none. Raises rados.Error."""
+    return _answer(prefix, cluster.mgr_command(json.dumps({"prefix": prefix, "format": "json"}), b""))
+
+
+def _answer(prefix: str, told: tuple[int, bytes, str]) -> Any:
+    code, out, words = told
+    if code:
+        raise rados.OSError(f"{prefix}: {words or os.strerror(abs(code))}", errno=abs(code))
+    return json.loads(out)
 
 
 def link(options: RbdOptions) -> Link:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
-
-import rados
 
 from atoll.model.errors import PoolUnavailable
 from atoll.model.messages import Space
+from atoll.storage.rbd import connections
 from atoll.storage.rbd.connections import Link
 from atoll.storage.rbd.options import RbdOptions
 
 
 def ask(link: Link, prefix: str, **more: str) -> Any:
     """A question to the monitors. Raises rados.Error."""
-    code, out, words = link.cluster.mon_command(json.dumps({"prefix": prefix, "format": "json", **more}), b"", timeout=15)
-    if code:
-        raise rados.make_ex(code, f"{prefix}: {words}")
-    return json.loads(out)
+    return connections.ask(link.cluster, prefix, **more)
 
 
 def space(link: Link, options: RbdOptions) -> Space:
