@@ -18,6 +18,8 @@ from atoll.storage.contract import StorageAccess
 
 #: Seconds for calls that touch metadata only, and for those that may write a whole image (preallocation, sync).
 QUICK, LONG = 30.0, 3600.0
+#: Seconds for a sample of how the storage is; a child that takes longer is replaced.
+WATCH = 10.0
 
 
 def by_hand(instance: str) -> str:
@@ -122,6 +124,7 @@ class StorageOrders:
             "pool.check": ("check", QUICK),
             "pool.space": ("space", QUICK),
             "pool.probe": ("probe_writers", QUICK),
+            "pool.health": ("health", WATCH),
             "volume.create": ("create", LONG),
             "volume.delete": ("delete", QUICK),
             "volume.grow": ("grow", LONG),

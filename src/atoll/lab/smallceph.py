@@ -53,6 +53,7 @@ memstore_device_bytes = {bytes}
 osd_op_num_shards = 2
 osd_op_num_threads_per_shard = 1
 osd_max_markdown_count = 1000
+osd_mon_report_interval = 1
 ms_async_op_threads = 2
 paxos_propose_interval = 0.05
 paxos_min_wait = 0.01

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from atoll.model.health import Health
 from atoll.model.messages import Attached, Connection, PoolRef, PoolStatus, Space, VolumeStat, Writer
 
 
@@ -58,6 +59,8 @@ class DriverInfo(BaseModel):
     runs_on: Literal["nodes", "controllers"] = "nodes"
     #: Its pool half is a ``FencingPool``: it can shut out who still writes, whatever he believes.
     fencing: bool = False
+    #: Its pool half is a ``WatchedPool``: the storage is a service that tells how it is.
+    health: bool = False
     #: Largest size of a volume, in bytes.
     max_size: int = 1 << 60
     #: Sizes are rounded up to a multiple of this, in bytes.
@@ -158,6 +161,15 @@ class FencingPool(PoolDriver, Protocol):
 
     def revoke(self, volume: str, node: str = "") -> None:
         """Take the rights that a node (all: empty) had for a volume; none is success."""
+
+
+@runtime_checkable
+class WatchedPool(PoolDriver, Protocol):
+    """The pool half of storage that tells how it is (``DriverInfo.health``)."""
+
+    def health(self) -> Health:
+        """One sample. It is taken every few seconds, also while calls that touch data hang: it waits for nothing that does. What cannot be
+        told in a second or two is left out, and the sample says so. Errors: PoolUnavailable (nobody answers)."""
 
 
 @runtime_checkable

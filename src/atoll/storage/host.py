@@ -19,6 +19,8 @@ log = structlog.get_logger()
 _MODULE = "atoll.storage.calls"
 #: Methods whose effect lives in the process that carried them out: they always go to the same child.
 _STICKY = frozenset({"probe_writers"})
+#: Methods that are asked also while the pool is stalled, and say nothing of whether it is: they have a child of their own.
+_WATCHING = frozenset({"health"})
 #: Seconds without an answer that make a pool stalled; seconds between questions to it, and for each of them.
 SILENT, PROBE, PATIENCE = 5.0, 5.0, 5.0
 
@@ -30,15 +32,18 @@ class _Pool:
         self.ident, self.name, self.ref = ident, ident, {}  # type: str, str, dict[str, Any]
         self.worker = Worker(f"pool {ident}", _MODULE, environment=environment, key=ident)
         self.sticky = Worker(f"pool {ident}", _MODULE, lanes=1, environment=environment, key=f"{ident}/sticky", beside=self.worker)
+        self.watch = Worker(f"pool {ident}", _MODULE, lanes=1, environment=environment, key=f"{ident}/watch")
         self._since: float | None = None
         self._silent_in = ""
         self._probing: asyncio.Task[None] | None = None
 
     def know(self, ref: PoolRef) -> None:
         self.name, self.ref = ref.name, ref.model_dump(mode="json")
-        self.worker.name = self.sticky.name = f"pool {ref.name}"
+        self.worker.name = self.sticky.name = self.watch.name = f"pool {ref.name}"
 
     async def call(self, function: str, what: str, deadline: float, **args: Any) -> Any:
+        if what in _WATCHING:
+            return await self.watch.call(function, deadline, method=what, **args)
         if why := self.stalled():
             raise PoolUnavailable(f"pool {self.name} is stalled: {why[0]}", hint=STALLED_HINT)
         # A call that may write for an hour says nothing of the storage by taking long.
@@ -97,7 +102,7 @@ class _Pool:
     async def close(self) -> None:
         if self._probing is not None:
             self._probing.cancel()
-        await asyncio.gather(self.worker.close(), self.sticky.close())
+        await asyncio.gather(self.worker.close(), self.sticky.close(), self.watch.close())
 
 
 class StorageHost:

@@ -14,5 +14,6 @@ INFO = DriverInfo(
     exclusive_lock=True,
     runs_on="controllers",
     fencing=True,
+    health=True,
     options=OPTIONS,
 )

@@ -6,6 +6,7 @@ import contextlib
 from typing import Any, Literal
 
 from atoll.model.errors import AtollError, NotSupported, PoolUnavailable
+from atoll.model.health import Health
 from atoll.model.messages import Connection, PoolRef, PoolStatus, Space, VolumeStat, Writer
 from atoll.storage.contract import VolumeSpec
 from atoll.storage.rbd import connections, options
@@ -14,7 +15,7 @@ connections.available()
 
 import rbd  # noqa: E402
 
-from atoll.storage.rbd import clients, images, marks, minting, space  # noqa: E402
+from atoll.storage.rbd import clients, health, images, marks, minting, space  # noqa: E402
 
 _PROBE_SIZE = 1 << 20
 #: Probes that this process holds open: pool -> connection and image.
@@ -83,6 +84,10 @@ class Pool:
         """See ``PoolDriver``."""
         with self._using("asking for its space") as link:
             return space.space(link, self._options)
+
+    def health(self) -> Health:
+        """See ``WatchedPool``."""
+        return health.take(self._options)
 
     def create(self, spec: VolumeSpec) -> str:
         """See ``PoolDriver``."""
