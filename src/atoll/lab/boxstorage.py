@@ -36,6 +36,8 @@ class SharedDisks:
         self.fstypes: dict[tuple[str, str], str] = {}
         #: Node (name) -> why guests cannot use any pool there, though the agent can.
         self.unfit: dict[str, str] = {}
+        #: What storage that tells how it is tells (see ``model.health``); else all is well.
+        self.health: dict[str, Any] = {}
         #: Node (name) -> pool (id) -> why it does not answer there: calls are refused.
         self.stalled: dict[str, dict[str, str]] = {}
         #: Images that are served for a copy: volume -> (server, peer).
@@ -95,7 +97,8 @@ class BoxStorage:
 
     async def pool(self, ref: PoolRef, method: str, deadline: float, **args: Any) -> Any:
         """See ``StorageAccess``."""
-        if why := self._disks.stalled.get(self._node, {}).get(ref.id):
+        why = self._disks.stalled.get(self._node, {}).get(ref.id)
+        if why and method != "health":
             raise PoolUnavailable(f"pool {ref.name} is stalled: {why}")
         await self._point(method, "before")
         result = getattr(self, "_" + method)(ref, **args)
@@ -147,6 +150,11 @@ class BoxStorage:
 
     def _space(self, ref: PoolRef) -> Any:
         return {"total": self._disks.capacity, "free": max(0, self._disks.free(ref, self._place(ref)))}
+
+    def _health(self, ref: PoolRef) -> Any:
+        if ref.id in self._disks.lost:
+            raise PoolUnavailable(f"pool {ref.name}: nobody answers")
+        return {"status": "ok", **self._disks.health}
 
     def _create(self, ref: PoolRef, spec: dict[str, Any]) -> str:
         images = self._place(ref)

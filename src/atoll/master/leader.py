@@ -24,6 +24,7 @@ from atoll.master.spaces import SpaceMonitor
 from atoll.master.storage_nodes import StorageNodes
 from atoll.master.verify import SEVERITIES, Verifier
 from atoll.master.verify_room import room
+from atoll.master.watching import StorageWatch
 from atoll.model.errors import AtollError, NodeAnswers, NotLeader
 from atoll.model.messages import NodeReport, Progress, Space
 from atoll.model.objects import DeathProof, Hold, Job, Node, Pool, Stored, Volume
@@ -82,6 +83,8 @@ class MasterLeader:
             lambda: room(self._state, self._spaces.known()),
         ]
         self._spaces = SpaceMonitor(self._state, self.agents)
+        self._storage_watch = StorageWatch(self._state, self.agents)
+        self.more_findings.append(self._storage_watch.findings)
         self.events = Hub(store, self.engine.progress)
         self.engine.on_progress = self.events.progress
         self._verifier = Verifier(self._state, self.agents, self.engine)
@@ -117,6 +120,7 @@ class MasterLeader:
             self._background(Reconciler(self).run())
             self._background(self._clean())
             self._background(self._spaces.run())
+            self._background(self._storage_watch.run())
             self._background(self.keeper.run())
             self._state.store.listeners += [self._noticed, self.keeper.noticed]
 

@@ -248,6 +248,12 @@ class PoolFull(AtollError):
     code, status, exit_code, default_hint = "pool_full", 507, 7, "atoll pool info POOL"
 
 
+class PoolUnhealthy(AtollError):
+    """The pool's storage says that it must not be given more now: it is nearly full, or not all of it works."""
+
+    code, status, exit_code, default_hint = "pool_unhealthy", 503, 7, "atoll storage status"
+
+
 # --- outcome not known, time, life of jobs (exit 8) ---
 
 

@@ -50,9 +50,11 @@ def _prepare_grow(state: State, target: str, request: GrowDisk) -> Prepared:
     instance = state.store.find(Instance, target)
     index = find_disk(state, instance, request.index, None)
     volume = state.store.require(Volume, instance.disks[index].volume)
-    driver = state.driver(state.store.require(Pool, volume.pool))
+    pool = state.store.require(Pool, volume.pool)
+    driver = state.driver(pool)
     if not driver.grow:
         raise NotSupported(f"driver {driver.name} cannot grow volumes")
+    state.pools_health.check(pool)
     size = check_size_for(driver, new_size(volume, request.size, request.increment))
     node = running_node(state, instance)
     return Prepared(

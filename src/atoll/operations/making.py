@@ -38,6 +38,8 @@ def plan_volume(
     ``node`` owns the disk of a node-local pool, else it just works first.
     """
     driver = state.driver(pool)
+    if adopt is None:
+        state.pools_health.check(pool)
     if adopt is None and size is None and image is None:
         raise InvalidInput("a new volume needs a size", hint="--size 10G")
     if adopt is not None and image is not None:

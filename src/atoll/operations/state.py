@@ -10,6 +10,7 @@ from typing import Protocol
 from atoll.model.errors import AmbiguousPool, Held, HostError, NodeAnswers, NotFound, WrongState
 from atoll.model.messages import NodeReport, PoolRef, compatible
 from atoll.model.objects import Authority, Claim, Cluster, DeathProof, Disk, Group, Hold, Instance, Node, Pool, Volume
+from atoll.operations.health import PoolsHealth
 from atoll.operations.replication import Replication
 from atoll.runtime.clock import Clock
 from atoll.runtime.secrets import SecretBox
@@ -64,6 +65,8 @@ class State:
         self._secrets = secrets
         self.replication = Replication()
         self.signer: Signer | None = None
+        #: How the pools' storage is; see ``master.watching``.
+        self.pools_health = PoolsHealth()
 
     @property
     def secrets(self) -> SecretBox:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from atoll.model.errors import HostError, NotFound
 from atoll.model.messages import NodeReport, Progress
 from atoll.model.objects import Authority, Group, Instance, Job, JobState, Node, Pool, Step, StorageCluster, Volume, VolumeState
+from atoll.operations.health import NOT_YET
 from atoll.operations.index import Index, Row, Spaces
 from atoll.operations.instance_views import instance
 from atoll.runtime import certs
@@ -179,6 +180,7 @@ def pool(item: Pool, index: Index) -> Row:
     volumes = index.pool_volumes.get(item.id, [])
     driver = registry.info(item.driver)
     spaces = {where: space for (pool_id, where), space in index.spaces.items() if pool_id == item.id}
+    seen = index.state.pools_health.get(item.id) or (NOT_YET if driver.health else None)
     stalled = {}
     for node_id in index.nodes:
         report = index.state.health.report(node_id)
@@ -200,6 +202,7 @@ def pool(item: Pool, index: Index) -> Row:
         "options": dict(item.options),
         "capabilities": capabilities(driver),
         "stalled": stalled,
+        "health": seen.row() if seen else None,
         "tags": list(item.tags),
         "hold": index.hold(item.resource),
     }

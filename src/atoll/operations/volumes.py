@@ -139,6 +139,7 @@ def _prepare_grow(state: State, target: str, request: VolumeGrow) -> Prepared:
     driver = state.driver(pool)
     if not driver.grow:
         raise NotSupported(f"driver {driver.name} cannot grow volumes")
+    state.pools_health.check(pool)
     size = check_size_for(driver, new_size(volume, request.size, request.increment))
     return Prepared(
         frozen(request, id=volume.id), locks([pool.resource], [volume.resource]), f"grow volume {volume.name} to {format_size(size)}"
