@@ -229,6 +229,23 @@ def test_clients_write_and_read(trial: Trial) -> None:
     assert denied.returncode == 13, denied.stderr
 
 
+def test_a_pool_in_it_tells_how_it_is(trial: Trial) -> None:
+    options = ["pool=rbd", "conf=/etc/atoll/ceph/ceph.conf", "keyring=/etc/atoll/ceph/ceph.client.atoll.keyring"]
+    trial.atoll("pool", "add", "vms", "-t", "rbd", *options, "node_keyring=/etc/atoll/ceph/ceph.client.atoll-node.keyring")
+
+    def sample() -> dict[str, Any]:
+        found: dict[str, Any] = trial.ask("storage", "status", "vms")["sample"] or {}
+        return found
+
+    # With the rights that its user was given when the cluster was made, also of its manager.
+    found = until(lambda: (s := sample()) and s["client"] and s["total"] and s, "a sample with all figures")
+    assert (found["status"], found["figures"], found["refusals"]) == ("ok", "", [])
+    assert (found["osds_up"], found["quorum"], found["pgs_inactive"]) == (3, ["node1", "node2", "node3"], 0)
+    assert found["commit_latency"] is not None
+    assert "3/3" in trial.atoll("storage", "status").stdout
+    trial.atoll("pool", "remove", "vms", "--force")
+
+
 def test_a_second_time_changes_nothing(trial: Trial) -> None:
     before = {node.name: trial.daemons(node.name) for node in trial.lab.nodes}
     assert "unchanged: yes" in trial.atoll("storage", "init", "-s", "ceph", "default").stdout

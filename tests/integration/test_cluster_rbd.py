@@ -172,6 +172,33 @@ def test_disks_come_grow_and_go_while_it_runs(cluster: RbdCluster, web: str) -> 
     cluster.settled(web)
 
 
+def test_nearly_full_storage_takes_no_new_volumes_until_there_is_room(cluster: RbdCluster, web: str, healing: ExitStack) -> None:
+    def health() -> dict[str, Any]:
+        found: dict[str, Any] = cluster.row("pools", "vms")["health"]
+        return found
+
+    until(lambda: health()["state"] == "ok", "a sample")
+    cluster.do("POST", "/v1/volumes", name="early", pool="vms", size=16 * MIB)
+    healing.callback(cluster.ceph.run, "ceph", "osd", "set-nearfull-ratio", "0.85")
+    cluster.ceph.run("ceph", "osd", "set-nearfull-ratio", "0.000001")
+    until(lambda: health()["refuses_volumes"], "Ceph calls itself nearly full")
+    assert cluster.refused("POST", "/v1/volumes", name="late", pool="vms", size=16 * MIB) == "pool_unhealthy"
+    assert cluster.refused("POST", "/v1/volumes/early/grow", size=32 * MIB) == "pool_unhealthy"
+    said = cluster.type("atoll volume create late -p vms --size 16M")
+    assert "is nearly full: an OSD of it has reached" in said
+    assert "(POOL_NEARFULL)" in said
+    assert "ceph osd df" in said
+    assert "POOL_NEARFULL" in cluster.type("atoll storage status")
+    assert "no new volumes, because Ceph pool" in cluster.type("atoll storage status vms")
+    # Guests go on, and what makes room is not refused.
+    cluster.settled(web)
+    cluster.do("DELETE", "/v1/volumes/early")
+    healing.close()
+    until(lambda: not health()["refuses_volumes"], "Ceph has room again")
+    cluster.do("POST", "/v1/volumes", name="late", pool="vms", size=16 * MIB)
+    cluster.do("DELETE", "/v1/volumes/late")
+
+
 def test_a_killed_guest_starts_again_at_once_although_ceph_still_sees_it(cluster: RbdCluster, web: str) -> None:
     """Its watch and its lock stay for half a minute. Its agent says that it is gone: so it is shut out, not waited for."""
     node = cluster.settled(web)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 from click.testing import CliRunner
-from rest_fakes import FakeLeader, fake_leader, served
+from rest_fakes import SHARED, FakeLeader, fake_leader, served
 
 from atoll.cli import ganeti
 from atoll.cli.main import GROUPS, atoll
 from atoll.model.errors import AtollError, Held
+from atoll.model.health import Health, HealthCheck, Rates, Refusal
 from atoll.model.units import GIB, MIB
 from atoll.operations.all import OPERATIONS
+from atoll.operations.health import Seen
 
 Sent = tuple[str, str, dict[str, Any]]
 
@@ -421,3 +425,55 @@ async def test_a_seed_is_read_from_files_and_stdin(cli: Cli, tmp_path: Path) -> 
     assert "private half" in refused.exception.message
     await cli.invoke(["instance", "add", "w", "--cloud-init"])
     assert cli.leader.asked[-1][2]["cloud_init"]["user_data"] == ""
+
+
+async def test_storage_status_says_how_the_pools_are(cli: Cli) -> None:
+    pools = cli.leader.state.pools_health
+    nothing = await cli.invoke(["storage", "status"])
+    assert nothing.exit_code == 0
+    told = Health(
+        status="warning",
+        checks=(HealthCheck(code="POOL_NEARFULL", severity="warning", summary="1 pool(s) nearfull", details=("pool 'vms' is nearfull",)),),
+        refusals=(Refusal(code="POOL_NEARFULL", reason="Ceph pool vms is nearly full", hint="ceph osd df"),),
+        monitors=3,
+        quorum=("a", "b"),
+        osds=6,
+        osds_up=5,
+        osds_in=6,
+        pgs={"active+clean": 30, "stale": 2},
+        pgs_inactive=2,
+        total=100 * GIB,
+        used=86 * GIB,
+        nearfull_ratio=0.85,
+        full_ratio=0.95,
+        figures="Ceph has no active manager",
+        client=Rates(read_bytes=MIB, write_bytes=2 * MIB, reads=3, writes=4),
+    )
+    pools[SHARED.id] = Seen(0.0).followed(told, 1e9)
+    table = (await cli.invoke(["storage", "status"])).output.splitlines()
+    assert table[0].split()[:2] == ["Pool", "Storage"]
+    assert table[1].split()[:7] == ["images", "warning", "5/6", "30/32", "86%", "1M", "/"]
+    assert "Ceph pool vms is nearly full (POOL_NEARFULL)" in table[1]
+    whole = (await cli.invoke(["storage", "status", "images"])).output
+    for words in (
+        "Storage: warning",
+        "no new volumes, because Ceph pool vms is nearly full (POOL_NEARFULL)",
+        "  Next: ceph osd df",
+        "warning: POOL_NEARFULL: 1 pool(s) nearfull (since 2001-09-0",
+        "    pool 'vms' is nearfull",
+        "monitors: 2 of 3 agree: a, b",
+        "OSDs: 6, of which 5 run and 6 count",
+        "placement groups: 30 active+clean, 2 stale",
+        "raw space: 86G of 100G used, 86%; nearly full at 85%, full at 95%",
+        "this pool, in a second: 3 reads (1M), 4 writes (2M)",
+        "mind: Ceph has no active manager",
+    ):
+        assert words in whole
+    assert whole.strip() in (await cli.invoke(["pool", "info", "images"])).output
+    data = json.loads((await cli.invoke(["storage", "status", "images", "--format", "json"])).output)
+    assert (data["state"], data["sample"]["osds"]) == ("warning", 6)
+    pools[SHARED.id] = replace(pools[SHARED.id], problem="node1: nobody answers")
+    silent = (await cli.invoke(["storage", "status", "images"])).output
+    assert "Storage: unknown" in silent
+    assert "no sample: node1: nobody answers; what follows is of 2001-09-0" in silent
+    assert "no new volumes" not in silent

@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 
 from atoll import __version__
 from atoll.api.events import Hub
+from atoll.api.storage_figures import families
 from atoll.model.messages import Space
 from atoll.model.objects import Hold, Job, JobState, Stored
 from atoll.operations.index import Index
@@ -66,6 +67,7 @@ class Figures(Collector):
         yield _one("atoll_event_followers", "Clients that follow the event stream.", self._hub.count)
         yield from self._nodes()
         yield from self._pools()
+        yield from families(self._state.pools_health, self._index.pool_name, self._state.clock.now())
         yield from self._jobs()
         states = Counter(instance_state(item, self._index)[0] for item in self._index.instances.values())
         yield _counted("atoll_instances", "Instances by state.", "state", INSTANCE_STATES, states)

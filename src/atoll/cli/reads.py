@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from atoll.cli import health
 from atoll.cli.client import Client, path_of
 from atoll.cli.columns import TABLES
 from atoll.cli.options import format_option, output_options, style, target
@@ -14,7 +15,7 @@ from atoll.model.errors import NotFound
 
 _HIDDEN = {
     "instance": ("claim", "disk_size", "pin"),
-    "pool": ("capabilities",),
+    "pool": ("capabilities", "health"),
     "job": ("deadline", "cancel_asked"),
     "volume": ("attachments",),
     "storage": ("layout",),
@@ -60,6 +61,7 @@ def info_command(noun: str) -> click.Command:
         print_object(row, Style(format=format), hide=_HIDDEN.get(noun, ()))
         if format == "table" and noun == "pool":
             _capabilities(row)
+            health.show(row)
 
     return command
 

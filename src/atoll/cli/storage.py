@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
-from atoll.cli import work
+from atoll.cli import health, work
 from atoll.cli.client import Client, path_of
 from atoll.cli.lazy import OrderedGroup
-from atoll.cli.options import format_option, job_options, target
-from atoll.cli.output import Style, print_data, print_object
+from atoll.cli.options import complete, format_option, job_options, target
+from atoll.cli.output import Style, print_data, print_object, print_rows
 from atoll.cli.reads import info_command, list_command
 
 
@@ -62,8 +62,20 @@ def join(target: str, **options: Any) -> None:
 
 
 @storage.command()
-@target("storage")
+@click.argument("target", metavar="[STORAGE|POOL]", required=False, shell_complete=complete("storage"))
 @format_option
-def status(target: str, format: str) -> None:
-    """What a storage cluster says of itself now: health, monitors, OSDs, use."""
-    print_object(Client().get(path_of("storage", target, "status"), timeout=90.0), Style(format=format))
+def status(target: str | None, format: str) -> None:
+    """How storage is: a line for each pool whose storage tells (sampled every few seconds), all about one pool, or what a storage cluster
+    that Atoll made says of itself now."""
+    client = Client()
+    watched = [row for row in client.all("pool") if row["health"]]
+    if target is None:
+        print_rows(watched, health.HEALTH, Style(format=format))
+        return
+    pool = next((row for row in watched if target in (row["name"], row["id"])), None)
+    if pool is None or target in {row["name"] for row in client.all("storage")}:
+        print_object(client.get(path_of("storage", target, "status"), timeout=90.0), Style(format=format))
+    elif format == "table":
+        health.show(pool)
+    else:
+        print_data(pool["health"], format)
