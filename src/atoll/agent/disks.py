@@ -126,6 +126,7 @@ class StorageOrders:
             "pool.probe": ("probe_writers", QUICK),
             "pool.health": ("health", WATCH),
             "volume.create": ("create", LONG),
+            "volume.clone": ("clone", LONG),
             "volume.delete": ("delete", QUICK),
             "volume.grow": ("grow", LONG),
             "volume.rename": ("rename", QUICK),
@@ -134,6 +135,10 @@ class StorageOrders:
             "volume.adopt": ("adopt", QUICK),
             "volume.writers": ("writers", QUICK),
             "volume.sync": ("sync", LONG),
+            "snapshot.create": ("snapshot", QUICK),
+            "snapshot.delete": ("delete_snapshot", QUICK),
+            "snapshot.list": ("snapshots", QUICK),
+            "snapshot.waiting": ("waiting", QUICK),
         }
         handlers: dict[str, Handler] = {name: self._pool(method, deadline) for name, (method, deadline) in simple.items()}
         handlers["pool.unprepare"] = self.unprepare
