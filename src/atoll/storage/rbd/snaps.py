@@ -123,7 +123,7 @@ def _finished(link: Link, name: str, spec: VolumeSpec) -> bool:
     try:
         with clients.opened(link, name) as image:
             try:
-                done = image.metadata_get(CLONED) == spec.volume
+                done = bool(image.metadata_get(CLONED) == spec.volume)
             except KeyError:
                 done = False
             if done and image.size() != spec.size:
