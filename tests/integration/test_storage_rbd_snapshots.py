@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +23,8 @@ pytestmark = [
     pytest.mark.xdist_group("storage-rbd"),
     pytest.mark.skipif(bool(missing()), reason="Ceph is not installed"),
 ]
+#: Cases for ``make faults``.
+LONG = pytest.mark.skipif("ATOLL_FAULT_STEPS" not in os.environ, reason="make faults ONLY=ceph")
 VOLUME, CLONE, NEXT = ("vol-" + digit * 17 for digit in "123")
 SNAP, LATER = "snap-" + "a" * 17, "snap-" + "b" * 17
 MIB = 1 << 20
@@ -120,18 +125,18 @@ def test_a_snapshot_outlives_its_volume_and_a_clone_its_snapshot(place: Place) -
     place.pool.delete_snapshot(SNAP, stat.logical_id)
 
 
-def test_a_chain_of_clones_goes_from_its_beginning(place: Place) -> None:
-    image = place.make()
-    place.write(image, b"first")
-    first = place.pool.snapshot(image, SNAP)
-    clone = place.clone(first)
-    second = place.pool.snapshot(clone, LATER)
-    last = place.clone(second, NEXT)
-    for name, snapshot in ((image, first), (clone, second)):
-        place.pool.delete(name)
-        place.pool.delete_snapshot(snapshot.snapshot, snapshot.logical_id)
+def test_a_chain_of_clones_goes_with_the_last_of_them(place: Place) -> None:
+    """In whatever order the trash lists them: by ids, which are random."""
+    last = place.make()
+    place.write(last, b"first")
+    for number in range(5):
+        image = last
+        stat = place.pool.snapshot(image, f"snap-{number:017x}")
+        last = place.clone(stat, f"vol-{number:017x}")
+        place.pool.delete(image)
+        place.pool.delete_snapshot(stat.snapshot, stat.logical_id)
     assert place.read(last, 5) == b"first"
-    assert len(place.pool.waiting()) == 2
+    assert len(place.pool.waiting()) == 5
     place.pool.delete(last)
     assert place.left() == []
 
@@ -235,3 +240,46 @@ def _user_of(place: Place, image: str, volume: str) -> tuple[str, str]:
     keyring = place.ceph.place / f"{volume}.keyring"
     keyring.write_text(f"[client.{connection.data['user']}]\nkey = {Path(path).read_text()}\n")
     return connection.data["user"], str(keyring)
+
+
+_WORK = """
+import sys
+from atoll.model.messages import PoolRef
+from atoll.storage import registry
+from atoll.storage.contract import VolumeSpec
+pool = registry.pool(PoolRef.model_validate_json(sys.argv[1]))
+image, snapshot, volume = sys.argv[2:5]
+pool.volumes()
+print("ready", flush=True)
+stat = pool.snapshot(image, snapshot)
+clone = pool.clone(VolumeSpec(volume=volume, name="copy", size=8 << 20), stat.logical_id)
+pool.delete_snapshot(snapshot, stat.logical_id)
+pool.delete(clone)
+print("done", flush=True)
+"""
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("after", [pytest.param(n / 100, marks=() if n == 6 else LONG) for n in range(0, 20, 2)])
+def test_a_worker_that_is_killed_anywhere_leaves_what_the_next_one_finishes(place: Place, after: float) -> None:
+    image = place.make()
+    place.write(image, b"bytes")
+    argv = [sys.executable, "-c", _WORK, place.ref.model_dump_json(), image, SNAP, CLONE]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "ready\n"
+        time.sleep(after)
+        worker.kill()
+    began = time.monotonic()
+    stat = place.pool.snapshot(image, SNAP)
+    clone = place.clone(stat)
+    assert place.read(clone, 5) == b"bytes"
+    place.pool.delete(image)
+    place.pool.delete_snapshot(SNAP, stat.logical_id)
+    assert place.read(clone, 5) == b"bytes"
+    place.pool.delete(clone)
+    # Ceph believes in the dead one for half a minute.
+    while place.left() and time.monotonic() < began + 120:
+        time.sleep(0.5)
+        place.pool.delete(clone)
+    assert place.left() == []

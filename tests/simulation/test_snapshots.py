@@ -132,8 +132,8 @@ def test_what_verify_finds_of_snapshots() -> None:
         assert [f.what for f in await box.master.verify()] == ["snapshot is deleting, and no job works on it"]
         await box.do("snapshot.delete", "then")
         assert await box.master.verify() == []
+        await store.write(put=[snapshot.model_copy(update={"state": SnapshotState.PENDING})])
         with pytest.raises(WrongState, match="is being made"):
-            await store.write(put=[snapshot.model_copy(update={"state": SnapshotState.PENDING})])
             await box.submit("snapshot.delete", "then")
         await box.close()
 

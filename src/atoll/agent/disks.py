@@ -20,6 +20,8 @@ from atoll.storage.contract import StorageAccess
 QUICK, LONG = 30.0, 3600.0
 #: Seconds for a sample of how the storage is; a child that takes longer is replaced.
 WATCH = 10.0
+#: For those that may have to wait until the storage gives up a dead client, which takes Ceph 30 seconds.
+PATIENT = 90.0
 
 
 def by_hand(instance: str) -> str:
@@ -135,8 +137,8 @@ class StorageOrders:
             "volume.adopt": ("adopt", QUICK),
             "volume.writers": ("writers", QUICK),
             "volume.sync": ("sync", LONG),
-            "snapshot.create": ("snapshot", QUICK),
-            "snapshot.delete": ("delete_snapshot", QUICK),
+            "snapshot.create": ("snapshot", PATIENT),
+            "snapshot.delete": ("delete_snapshot", PATIENT),
             "snapshot.list": ("snapshots", QUICK),
             "snapshot.waiting": ("waiting", QUICK),
         }

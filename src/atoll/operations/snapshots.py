@@ -15,6 +15,9 @@ from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import Nothing, SnapshotCreate, TagsChange
 from atoll.operations.state import State
 
+#: Seconds for an order: a dead client of the storage may have to be waited for.
+_PATIENT = 120.0
+
 
 def _source(state: State, target: str) -> Volume:
     """The volume, if snapshots can be made of it now. Errors: NotFound, NotSupported, WrongState."""
@@ -97,7 +100,8 @@ async def _run_create(job: JobContext, request: dict[str, Any]) -> Any:
         found["node"],
         "snapshot.create",
         {"ref": ref, "logical_id": logical_id, "snapshot": ident},
-        undo=Undo("snapshot.delete", {"ref": ref, "snapshot": ident, "source": logical_id}, node=found["node"]),
+        undo=Undo("snapshot.delete", {"ref": ref, "snapshot": ident, "source": logical_id}, node=found["node"], deadline=_PATIENT),
+        deadline=_PATIENT,
     )
 
     def completed() -> Changes:
@@ -147,7 +151,7 @@ async def _run_delete(job: JobContext, request: dict[str, Any]) -> Any:
         return home
 
     args = {"snapshot": ident, "logical_id": found["logical_id"]}
-    await on_shared(job, "delete snapshot", pool, "snapshot.delete", args, prefer=None, deadline=60.0)
+    await on_shared(job, "delete snapshot", pool, "snapshot.delete", args, prefer=None, deadline=_PATIENT)
     await job.write("forget", lambda: Changes(delete=[job.state.store.require(Snapshot, ident)]))
     return {"snapshot": ident}
 
