@@ -8,6 +8,7 @@ from typing import Any
 
 from atoll.agent.service import Handler
 from atoll.hypervisor.memory import World
+from atoll.lab.boxsnapshots import BoxSnapshots
 from atoll.model.errors import AlreadyExists, Conflict, HostError, NotFound, PoolFull, PoolUnavailable, ShrinkRefused
 from atoll.model.messages import PoolRef, Progress
 from atoll.rpc.contract import Report
@@ -91,7 +92,7 @@ class SharedDisks:
         self.world.written.setdefault(volume, set()).add(image)
 
 
-class BoxStorage:
+class BoxStorage(BoxSnapshots):
     """A ``StorageAccess`` of one simulated node."""
 
     def __init__(self, disks: SharedDisks, node: str) -> None:
@@ -169,45 +170,6 @@ class BoxStorage:
             raise PoolFull(f"pool {ref.name} has no room for {spec['size']} bytes")
         images[logical_id] = {"size": spec["size"], "volume": spec["volume"]}
         return logical_id
-
-    # --- snapshots: of pools whose driver has any; nobody is ever shut out there ---
-
-    def _snapshot(self, ref: PoolRef, logical_id: str, snapshot: str) -> Any:
-        image = self._find(ref, logical_id)
-        records = self._disks.world.images.get(image["volume"], 0)
-        made = {"size": image["size"], "content": image.get("content"), "records": records}
-        kept = self._disks.snapshots.setdefault(ref.id, {}).setdefault(snapshot, made)
-        return {"logical_id": f"box@{snapshot}", "snapshot": snapshot, "size": kept["size"], "source": logical_id}
-
-    def _delete_snapshot(self, ref: PoolRef, snapshot: str, logical_id: str = "", source: str = "") -> None:
-        self._place(ref)
-        self._disks.snapshots.get(ref.id, {}).pop(snapshot, None)
-
-    def _snapshots(self, ref: PoolRef) -> Any:
-        self._place(ref)
-        found = self._disks.snapshots.get(ref.id, {}).items()
-        return [{"logical_id": f"box@{s}", "snapshot": s, "size": made["size"], "source": ""} for s, made in found]
-
-    def _waiting(self, ref: PoolRef) -> Any:
-        return []
-
-    def _clone(self, ref: PoolRef, spec: dict[str, Any], snapshot: str) -> str:
-        made = self._disks.snapshots.get(ref.id, {}).get(snapshot.removeprefix("box@"))
-        if made is None:
-            raise NotFound(f"there is no snapshot {snapshot}")
-        logical_id = self._create(ref, spec)
-        self._find(ref, logical_id)["content"] = made["content"]
-        self._disks.world.images[spec["volume"]] = made["records"]
-        return logical_id
-
-    def _note(self, ref: PoolRef, logical_id: str) -> Any:
-        return []
-
-    def _fence(self, ref: PoolRef, logical_id: str, whom: str, volume: str = "") -> Any:
-        return []
-
-    def _revoke(self, ref: PoolRef, volume: str, node: str = "") -> None:
-        return None
 
     def _delete(self, ref: PoolRef, logical_id: str) -> None:
         image = self._place(ref).get(logical_id)
