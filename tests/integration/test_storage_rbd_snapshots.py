@@ -259,8 +259,9 @@ print("done", flush=True)
 """
 
 
+@LONG
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("after", [pytest.param(n / 100, marks=() if n == 6 else LONG) for n in range(0, 20, 2)])
+@pytest.mark.parametrize("after", [n / 100 for n in range(0, 20, 2)])
 def test_a_worker_that_is_killed_anywhere_leaves_what_the_next_one_finishes(place: Place, after: float) -> None:
     image = place.make()
     place.write(image, b"bytes")
