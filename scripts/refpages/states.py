@@ -28,6 +28,11 @@ VOLUME = {
     "deleting": "A job is removing it.",
     "error": "Something is wrong with it; `atoll cluster verify` says what.",
 }
+SNAPSHOT = {
+    "pending": "A job is making it.",
+    "completed": "It is there; volumes can be made from it.",
+    "deleting": "A job is removing it.",
+}
 WRITERS = {
     "enforced": "The storage itself stops a second writer.",
     "advisory": "The storage tells who writes: a lock taken on one node was seen on another, and went when it was dropped.",
@@ -82,6 +87,11 @@ def states() -> str:
         ("Instance", _same(INSTANCE, _listed(instance_views.instance_state), "an instance"), "Shown by `atoll instance list`."),
         ("Node", _same(NODE, _listed(views.node_state), "a node"), "Shown by `atoll node list`."),
         ("Volume", _same(VOLUME, (s.value for s in objects.VolumeState), "a volume"), "Shown by `atoll volume list`. The words are EBS's."),
+        (
+            "Snapshot",
+            _same(SNAPSHOT, (s.value for s in objects.SnapshotState), "a snapshot"),
+            "Shown by `atoll snapshot list`. `pending` and `completed` are EBS's words.",
+        ),
         ("Pool", _same(POOL, typing.get_args(objects.Pool.model_fields["state"].annotation), "a pool"), "Shown by `atoll pool list`."),
         (
             "Writers of a pool",

@@ -18,6 +18,7 @@ import pytest
 from support import MIB, Cluster, until
 
 from atoll.lab import network
+from atoll.lab.guest.ring import check_ring
 from atoll.lab.layout import netns_name
 from atoll.lab.smallceph import missing
 from ceph_support import Ceph
@@ -337,6 +338,52 @@ def test_whoever_dies_in_between_everything_is_done_or_undone(cluster: RbdCluste
         path.unlink(missing_ok=True)
     assert fired, f"{point} was not reached"
     assert traces(cluster, volume) == []
+    assert cluster.findings() == []
+
+
+@pytest.mark.parametrize(
+    ("service", "point"),
+    [
+        ("agent", "agent:snapshot.create:after"),
+        ("master", "master:volume.create:05:after-effect"),
+        pytest.param("agent", "agent:volume.clone:after", marks=LONG),
+        pytest.param("agent", "agent:snapshot.delete:after", marks=LONG),
+        pytest.param("agent", "agent:volume.delete:after", marks=LONG),
+        pytest.param("master", "master:snapshot.create:04:after-effect", marks=LONG),
+        pytest.param("master", "master:snapshot.delete:04:after-effect", marks=LONG),
+    ],
+)
+def test_a_snapshot_of_a_guest_that_writes_whoever_dies_in_between(cluster: RbdCluster, web: str, service: str, point: str) -> None:
+    """Its disk is copied by the snapshot, the guest goes on, and the copy stays when the snapshot is deleted."""
+    source = cluster.row("instances", "web")["disks"][0]["volume"]
+    before = cluster.acks.last(web)
+    armed = cluster.arm("node1", service, point)
+    steps: list[tuple[str, str, dict[str, Any]]] = [
+        ("POST", "/v1/snapshots", {"volume": source, "name": "then"}),
+        ("POST", "/v1/volumes", {"name": "copy", "snapshot": "then"}),
+        ("DELETE", "/v1/snapshots/then", {}),
+        # QEMU opens it as the volume's own user, who may read what it was made from.
+        ("POST", "/v1/instances/web/attach-disk", {"volume": "copy"}),
+        ("POST", "/v1/instances/web/detach-disk", {"volume": "copy"}),
+    ]
+    for method, path, more in steps:
+        end = cluster.end_of(cluster.submit(method, path, **more))
+        assert end["state"] == "done", end
+        cluster.wait_alive()
+    volume = cluster.row("volumes", "copy")
+    copy = cluster.place / "copy.raw"
+    copy.unlink(missing_ok=True)
+    cluster.rbd("export", "--no-progress", f"{cluster.row('pools', 'vms')['options']['pool']}/{volume['logical_id']}", str(copy))
+    report = check_ring(copy, before)
+    assert report.ok, f"what the guest had flushed by then ({before}) is not in it: {report}"
+    cluster.one_writer(web)
+    end = cluster.end_of(cluster.submit("DELETE", "/v1/volumes/copy"))
+    assert end["state"] == "done", end
+    cluster.wait_alive()
+    fired = not armed.exists()
+    armed.unlink(missing_ok=True)
+    assert fired, f"{point} was not reached"
+    assert traces(cluster, volume["id"]) == []
     assert cluster.findings() == []
 
 

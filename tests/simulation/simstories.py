@@ -10,6 +10,7 @@ from simsupport import STORIES as GUEST_STORIES
 
 from atoll.lab.box import Box
 from atoll.model.objects import Instance
+from atoll.model.units import GIB
 
 #: Operations without a story here, and the test that has their every step.
 ELSEWHERE = {
@@ -77,6 +78,30 @@ async def stale_copy(box: Box) -> None:
     box.world.make(guest.spec, "node2", incoming=True)
 
 
+async def cloning(box: Box) -> None:
+    """A volume in a pool whose driver makes snapshots."""
+    await box.do("pool.add", name="ceph", driver="rbd", options={"pool": "box"})
+    await box.do("volume.create", name="data", pool="ceph", size=GIB)
+
+
+async def cloning_guest(box: Box) -> None:
+    """The same, of a guest that runs."""
+    await box.do("pool.add", name="ceph", driver="rbd", options={"pool": "box"})
+    await box.do("instance.add", name="web1", disks=[{"size": GIB, "pool": "ceph", "name": "data"}], memory=GIB, node="node1")
+
+
+async def with_snapshot(box: Box) -> None:
+    await cloning(box)
+    await box.do("snapshot.create", volume="data", name="then")
+
+
+async def with_clone(box: Box) -> None:
+    """Its volume is deleted, and another one was made from it."""
+    await with_snapshot(box)
+    await box.do("volume.create", name="copy", snapshot="then")
+    await box.do("volume.delete", "data")
+
+
 TAGS = {"add": ["rack=2"]}
 SETTINGS = {"driver_options": {"sharedfile": {"mount": "none"}}}
 STORIES: list[Story] = [
@@ -84,6 +109,12 @@ STORIES: list[Story] = [
     Story("instance-tags", "instance.tags", "web1", TAGS, running, records=True),
     Story("powered-off", "instance.powered-off", "web1", {}, powered_off, internal=True, frees=True),
     Story("volume-tags", "volume.tags", "data", TAGS, only_volume, records=True),
+    Story("snapshot-create", "snapshot.create", "", {"volume": "data", "name": "then"}, cloning),
+    Story("snapshot-running", "snapshot.create", "", {"volume": "data"}, cloning_guest),
+    Story("snapshot-delete", "snapshot.delete", "then", {}, with_snapshot),
+    Story("snapshot-delete-cloned", "snapshot.delete", "then", {}, with_clone),
+    Story("snapshot-tags", "snapshot.tags", "then", TAGS, with_snapshot, records=True),
+    Story("volume-from-snapshot", "volume.create", "", {"name": "copy", "snapshot": "then", "size": 2 * GIB}, with_snapshot),
     Story("pool-connect", "pool.connect", "shared", {"group": "rack2"}, two_groups),
     Story("pool-disconnect", "pool.disconnect", "shared", {"group": "rack2"}, connected, records=True),
     Story("pool-modify", "pool.modify", "shared", {"state": "closed"}, records=True),

@@ -24,6 +24,8 @@ from atoll.model.objects import (
     JobState,
     Node,
     Pool,
+    Snapshot,
+    SnapshotState,
     StorageCluster,
     Stored,
     Volume,
@@ -218,7 +220,7 @@ def dump(box: Box) -> dict[str, Any]:
     """What the cluster is, without what jobs leave behind and what counts up by itself."""
     store = box.master.state.store
     found: dict[str, Any] = {}
-    kinds: tuple[type[Stored], ...] = (Instance, Volume, Pool, Group, Node, StorageCluster)
+    kinds: tuple[type[Stored], ...] = (Instance, Volume, Snapshot, Pool, Group, Node, StorageCluster)
     for kind in kinds:
         for item in store.all(kind):
             found[item.resource] = item.model_dump(exclude={"generation", *CERTIFICATE})
@@ -352,7 +354,11 @@ def _check_storage(box: Box, marks: bool) -> None:
             assert found.instance == instance.id, f"{instance.name} has {found.name}, which belongs to {found.instance}"
         slots = [disk.slot for disk in instance.disks]
         assert len(set(slots)) == len(slots), instance
-    for kind in (Instance, Volume, Pool):
+    snapshots = {(item.pool, item.id) for item in store.all(Snapshot)}
+    assert all(item.state is SnapshotState.COMPLETED and item.logical_id for item in store.all(Snapshot)), store.all(Snapshot)
+    made = {(pool, ident) for pool, found in box.disks.snapshots.items() for ident in found}
+    assert made == snapshots, f"orphan snapshots: {made - snapshots}, missing: {snapshots - made}"
+    for kind in (Instance, Volume, Snapshot, Pool):
         counts = Counter(item.name for item in store.all(kind))
         assert all(count == 1 for count in counts.values()), counts
     assert {key.job for key in store.all(IdempotencyKey)} <= {job.number for job in jobs(box)}

@@ -125,6 +125,16 @@ CASES: list[tuple[str, Sent]] = [
         "atoll volume create v1 -p images --image node1:/srv/a.qcow2 --image-format qcow2",
         ("volume.create", "", {"name": "v1", "pool": "images", "image": {"node": "node1", "path": "/srv/a.qcow2", "format": "qcow2"}}),
     ),
+    (
+        "atoll volume create v1 --from-snapshot then -s 20G",
+        ("volume.create", "", {"name": "v1", "snapshot": "then", "size": 20 * GIB}),
+    ),
+    (
+        "atoll snapshot create spare --name then --tags a,b",
+        ("snapshot.create", "", {"volume": "spare", "name": "then", "tags": ["a", "b"]}),
+    ),
+    ("atoll snapshot tag then a=b", ("snapshot.tags", "then", {"add": ["a=b"]})),
+    ("atoll snapshot delete then -f", ("snapshot.delete", "then", {})),
     ("atoll volume grow spare 512", ("volume.grow", "spare", {"increment": 512 * MIB})),
     ("atoll volume grow spare 2G --absolute", ("volume.grow", "spare", {"size": 2 * GIB})),
     ("atoll volume rename spare v9", ("volume.rename", "spare", {"new_name": "v9"})),
@@ -366,6 +376,8 @@ BAD = [
     ("node modify node1", "nothing to change"),
     ("node declare-dead node1", "no terminal"),
     ("pool add p -t file path", "key=value"),
+    ("volume create v1 -s 1G", "Missing option '-p' / '--pool'"),
+    ("snapshot delete then", "no terminal"),
     ("volume delete spare", "no terminal"),
     ("volume grow spare -5G", ""),
     ("instance list -o name,colour", "there is no field 'colour'"),
@@ -401,7 +413,7 @@ async def test_help_of_every_command_says_what_it_does() -> None:
     walk(atoll, ["atoll"])
     for name, make in ganeti.PROGRAMS.items():
         walk(make(), [f"gnt-{name}"])
-    nouns = {"cluster", "node", "group", "pool", "storage", "volume", "instance", "os", "job"}
+    nouns = {"cluster", "node", "group", "pool", "storage", "volume", "snapshot", "instance", "os", "job"}
     assert set(GROUPS) == {*nouns, "doctor", "lab", "completion"}
 
 

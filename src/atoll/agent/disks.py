@@ -20,6 +20,8 @@ from atoll.storage.contract import StorageAccess
 QUICK, LONG = 30.0, 3600.0
 #: Seconds for a sample of how the storage is; a child that takes longer is replaced.
 WATCH = 10.0
+#: For those that may have to wait until the storage gives up a dead client, which takes Ceph 30 seconds.
+PATIENT = 90.0
 
 
 def by_hand(instance: str) -> str:
@@ -126,6 +128,7 @@ class StorageOrders:
             "pool.probe": ("probe_writers", QUICK),
             "pool.health": ("health", WATCH),
             "volume.create": ("create", LONG),
+            "volume.clone": ("clone", LONG),
             "volume.delete": ("delete", QUICK),
             "volume.grow": ("grow", LONG),
             "volume.rename": ("rename", QUICK),
@@ -134,6 +137,10 @@ class StorageOrders:
             "volume.adopt": ("adopt", QUICK),
             "volume.writers": ("writers", QUICK),
             "volume.sync": ("sync", LONG),
+            "snapshot.create": ("snapshot", PATIENT),
+            "snapshot.delete": ("delete_snapshot", PATIENT),
+            "snapshot.list": ("snapshots", QUICK),
+            "snapshot.waiting": ("waiting", QUICK),
         }
         handlers: dict[str, Handler] = {name: self._pool(method, deadline) for name, (method, deadline) in simple.items()}
         handlers["pool.unprepare"] = self.unprepare

@@ -19,14 +19,14 @@ from typing import Any
 
 from atoll.model.errors import NotLeader, TooManyStreams
 from atoll.model.messages import Progress
-from atoll.model.objects import Claim, Cluster, DeathProof, Group, Hold, Instance, Job, Node, Pool, Stored, Volume
+from atoll.model.objects import Claim, Cluster, DeathProof, Group, Hold, Instance, Job, Node, Pool, Snapshot, Stored, Volume
 from atoll.store.cache import LeaderStore
 from atoll.store.contract import Compacted, Event
 
 #: Frames that may wait for one follower, followers at most, and seconds between signs of life.
 BOUND, FOLLOWERS, BEAT = 1000, 2000, 15.0
 #: Kinds that are told of. Others are nobody's business, or change with every step.
-_TOLD = (Cluster, Group, Node, Pool, Volume, Instance, Claim, DeathProof, Hold, Job)
+_TOLD = (Cluster, Group, Node, Pool, Volume, Snapshot, Instance, Claim, DeathProof, Hold, Job)
 _NOUNS = {cls.kind: cls.noun for cls in _TOLD}
 NOUNS = tuple(sorted(set(_NOUNS.values())))
 #: Fields that are told where an object has them.

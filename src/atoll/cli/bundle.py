@@ -23,7 +23,7 @@ from atoll.model.errors import AtollError, HostError
 
 #: How many jobs (the newest, and all that have not ended) come with their steps; and entries of the audit log.
 JOBS, AUDIT = 200, 2000
-NOUNS = ("node", "group", "pool", "volume", "instance")
+NOUNS = ("node", "group", "pool", "volume", "snapshot", "instance")
 _README = """\
 A support bundle of an Atoll cluster, made by: atoll cluster support-bundle
 

@@ -122,6 +122,22 @@ POOLS = Table(
     ("name", "driver", "state", "groups", "writers", "volumes", "promised", "total", "free", "reason", "stalled", "held"),
 )
 
+SNAPSHOTS = Table(
+    {
+        "name": _column("Snapshot", "name"),
+        "id": _column("Id", "id"),
+        "state": _column("State", "state"),
+        "size": _column("Size", "size", "size"),
+        "volume": Column("Volume", lambda row: f"{row['volume']} (deleted)" if row.get("volume_deleted") else row.get("volume")),
+        "pool": _column("Pool", "pool"),
+        "driver": _column("Driver", "driver"),
+        "created": _column("Made", "created", "time"),
+        "tags": _column("Tags", "tags", if_any=True),
+        "held": HELD,
+    },
+    ("name", "id", "state", "size", "volume", "pool", "created", "held"),
+)
+
 VOLUMES = Table(
     {
         "name": _column("Volume", "name"),
@@ -132,6 +148,7 @@ VOLUMES = Table(
         "driver": _column("Driver", "driver"),
         "instance": _column("Instance", "instance"),
         "node": _column("Node", "node", if_any=True),
+        "snapshot": _column("Made from", "snapshot", if_any=True),
         "tags": _column("Tags", "tags", if_any=True),
         "held": HELD,
     },
@@ -210,4 +227,13 @@ STORAGES = Table(
     ("name", "type", "state", "group", "nodes", "held"),
 )
 
-TABLES = {"storage": STORAGES, "instance": INSTANCES, "node": NODES, "group": GROUPS, "pool": POOLS, "volume": VOLUMES, "job": JOBS}
+TABLES = {
+    "storage": STORAGES,
+    "instance": INSTANCES,
+    "node": NODES,
+    "group": GROUPS,
+    "pool": POOLS,
+    "volume": VOLUMES,
+    "snapshot": SNAPSHOTS,
+    "job": JOBS,
+}

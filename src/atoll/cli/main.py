@@ -19,6 +19,7 @@ GROUPS = {
     "pool": ("atoll.cli.pool:pool", "Storage pools: where volumes live."),
     "storage": ("atoll.cli.storage:storage", "Storage clusters that Atoll makes of nodes: make one, look at it."),
     "volume": ("atoll.cli.volume:volume", "Volumes: the disks."),
+    "snapshot": ("atoll.cli.snapshot:snapshot", "Snapshots: what a volume held at one moment."),
     "instance": ("atoll.cli.instance:instance", "Virtual machines: make, start, migrate, fail over."),
     "os": ("atoll.cli.os:os", "OS definitions: scripts on the nodes that install instances."),
     "job": ("atoll.cli.job:job", "What the cluster does and did; what needs attention."),

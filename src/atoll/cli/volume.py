@@ -25,27 +25,33 @@ volume.add_command(info_command("volume"))
 
 @volume.command()
 @click.argument("name", required=False)
-@click.option("-p", "--pool", "-t", required=True, metavar="POOL", help="POOL, DRIVER:POOL or DRIVER.", shell_complete=complete("pool"))
+@click.option("-p", "--pool", "-t", metavar="POOL", help="POOL, DRIVER:POOL or DRIVER.", shell_complete=complete("pool"))
 @click.option("-s", "--size", metavar="SIZE", help="Such as 10G; without a unit MiB.")
 @on_node("Where it shall be, for node-local pools.")
 @image_options
 @click.option("--adopt", metavar="IMAGE", help="Take this existing image of the pool instead of making one.")
+@click.option(
+    "--from-snapshot", metavar="SNAPSHOT", help="Begin with what this snapshot holds, in its pool.", shell_complete=complete("snapshot")
+)
 @click.option("-O", "--option", "settings", multiple=True, metavar="KEY=VALUE", help="An option of the driver.")
 @click.option("--tags", metavar="TAGS", help="Tags, with commas.")
 @job_options
 def create(
     name: str | None,
-    pool: str,
+    pool: str | None,
     size: str | None,
     node: str | None,
     image: str | None,
     image_format: str | None,
     adopt: str | None,
+    from_snapshot: str | None,
     settings: tuple[str, ...],
     tags: str | None,
     **options: Any,
 ) -> None:
-    """Make a volume that no instance has yet."""
+    """Make a volume that no instance has yet: empty, from an image or from a snapshot."""
+    if pool is None and from_snapshot is None:
+        raise click.UsageError("Missing option '-p' / '--pool': the pool in which it shall be.")
     body = {
         "name": name,
         "pool": pool,
@@ -53,6 +59,7 @@ def create(
         "node": node,
         "adopt": adopt,
         "image": image_source(image, image_format) if image else None,
+        "snapshot": from_snapshot,
         "options": pairs(settings, "-O"),
         "tags": tags.split(",") if tags else [],
     }

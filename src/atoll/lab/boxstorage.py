@@ -8,6 +8,7 @@ from typing import Any
 
 from atoll.agent.service import Handler
 from atoll.hypervisor.memory import World
+from atoll.lab.boxsnapshots import BoxSnapshots
 from atoll.model.errors import AlreadyExists, Conflict, HostError, NotFound, PoolFull, PoolUnavailable, ShrinkRefused
 from atoll.model.messages import PoolRef, Progress
 from atoll.rpc.contract import Report
@@ -24,6 +25,8 @@ class SharedDisks:
         self.world, self.capacity = world, capacity
         self.images: dict[str, dict[str, dict[str, Any]]] = {}
         self.marks: dict[str, str] = {}
+        #: Pool (id) -> snapshot (id) -> its size, and what was in the image.
+        self.snapshots: dict[str, dict[str, dict[str, Any]]] = {}
         #: Pool (id) -> bytes that other people's files take.
         self.taken: dict[str, int] = {}
         #: Pools (ids) whose storage is not there.
@@ -89,7 +92,7 @@ class SharedDisks:
         self.world.written.setdefault(volume, set()).add(image)
 
 
-class BoxStorage:
+class BoxStorage(BoxSnapshots):
     """A ``StorageAccess`` of one simulated node."""
 
     def __init__(self, disks: SharedDisks, node: str) -> None:

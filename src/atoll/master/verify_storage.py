@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from atoll.api.leader import Finding
 from atoll.master.inspect import differing
+from atoll.master.verify_snapshots import SnapshotFindings
 from atoll.model.errors import AtollError, Conflict
 from atoll.model.messages import PoolStatus
 from atoll.model.objects import Instance, Node, Pool, Volume, VolumeState
@@ -38,6 +39,7 @@ class StorageFindings:
     async def look(self) -> list[Finding]:
         """All findings."""
         found = [*self._stalled(), *self._stopped_guests(), *await self._deleted()]
+        found += SnapshotFindings(self._state, self._engine, self._working_on).records()
         # All pools at a time: one that is slow holds up none of the others.
         for findings in await asyncio.gather(*(self._pool(pool) for pool in self._state.store.all(Pool))):
             found += findings
@@ -124,11 +126,28 @@ class StorageFindings:
                 commands = (f"atoll pool check {pool.name}",)
                 found.append(Finding("error", "pool cannot be listed", f"{pool.name} on {node.name}", images.message, None, commands))
                 continue
+            if state.driver(pool).snapshots:
+                found += await self._snapshots(pool, node, ref, patience)
             compared = Images(state, self._engine, pool, node, images, self._working_on)
             found += [*compared.orphans(), *compared.sizes(), *compared.foreign()]
             for volume in compared.missing():
                 if volume.id not in self._open:
                     found.append(await self._missing(compared, volume, ref, patience))
+        return found
+
+    async def _snapshots(self, pool: Pool, node: Node, ref: dict[str, Any], patience: float) -> list[Finding]:
+        """Snapshots in the pool, and what was deleted and is still there."""
+        findings = SnapshotFindings(self._state, self._engine, self._working_on)
+        found: list[Finding] = []
+        looks = {"snapshot.list": findings.compared, "snapshot.waiting": findings.waiting}
+        for method, compare in looks.items():
+            answer = await self._ask(node.id, method, {"ref": ref}, patience)
+            if isinstance(answer, AtollError):
+                commands = (f"atoll pool check {pool.name}",)
+                what = "the pool's snapshots cannot be listed"
+                found.append(Finding("error", what, f"{pool.name} on {node.name}", answer.message, None, commands))
+            else:
+                found += compare(pool, answer)
         return found
 
     async def _check(self, pool: Pool, node: Node, patience: float) -> PoolStatus:

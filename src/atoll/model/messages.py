@@ -113,6 +113,22 @@ class VolumeStat(Wire):
     modified: float = 0.0
 
 
+class SnapshotStat(Wire):
+    """What the storage itself says of a snapshot. ``size`` in bytes; ``source`` is the image that it is of, as it is called now."""
+
+    logical_id: str
+    snapshot: str
+    size: int
+    source: str = ""
+
+
+class Waiting(Wire):
+    """Something that was deleted and is still on the storage, and why."""
+
+    what: str
+    why: str
+
+
 class Writer(Wire):
     """Somebody who has a volume open for writing, as the storage tells it: who in words, and the node if it can be told."""
 

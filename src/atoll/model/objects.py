@@ -168,6 +168,33 @@ class Volume(Stored):
     #: The instance it is attached to; else None.
     instance: str | None = None
     adopted: bool = False
+    #: The snapshot (its id) that it was made from; it may be gone.
+    snapshot: str = ""
+    created: float = 0.0
+    tags: tuple[str, ...] = ()
+
+
+class SnapshotState(StrEnum):
+    """EBS's snapshot states, and ``deleting``."""
+
+    PENDING = "pending"
+    COMPLETED = "completed"
+    DELETING = "deleting"
+
+
+class Snapshot(Stored):
+    """What a volume held at one moment. It stays when the volume is deleted; ``logical_id`` is the driver's own handle."""
+
+    kind, noun = "snapshots", "snapshot"
+    name: str
+    pool: str
+    #: In bytes: as large as the volume was.
+    size: int
+    #: The volume (its id) that it is of, and how that was called then; it may be gone.
+    volume: str
+    volume_name: str = ""
+    logical_id: str = ""
+    state: SnapshotState = SnapshotState.PENDING
     created: float = 0.0
     tags: tuple[str, ...] = ()
 
@@ -415,6 +442,7 @@ KINDS: tuple[type[Stored], ...] = (
     Node,
     Pool,
     Volume,
+    Snapshot,
     Instance,
     Claim,
     DeathProof,

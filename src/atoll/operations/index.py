@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from atoll.model.messages import GuestStatus, Space
-from atoll.model.objects import Group, Hold, Instance, Job, JobState, Node, Pool, StorageCluster, Volume
+from atoll.model.objects import Group, Hold, Instance, Job, JobState, Node, Pool, Snapshot, StorageCluster, Volume
 from atoll.storage import registry
 from atoll.storage.contract import DriverInfo
 
@@ -83,6 +83,11 @@ class Index:
     def claimed(self) -> Counter[str]:
         """Node id -> how many instances' claims it holds."""
         return Counter(node for instance in self.instances for node in self.state.claim(instance).nodes)
+
+    def snapshot_name(self, snapshot: str) -> str:
+        """The name of a snapshot; its id if it was deleted."""
+        found = self.state.store.get(Snapshot, snapshot) if snapshot else None
+        return found.name if found else snapshot
 
     def node_name(self, node: str | None) -> str | None:
         """The name of a node; its id if it was removed."""

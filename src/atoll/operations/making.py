@@ -13,6 +13,7 @@ from atoll.model.ids import new_id
 from atoll.model.objects import Node, Pool, Volume, VolumeState
 from atoll.operations.common import check_new_name, check_size_for
 from atoll.operations.importing import fill, look_at_image, plan_image
+from atoll.operations.snapshot_source import plan_source
 from atoll.operations.state import State
 
 #: Writes into a new image, which it gets as (node, pool reference) and logical id.
@@ -31,6 +32,7 @@ def plan_volume(
     options: dict[str, str] | None = None,
     tags: list[str] | None = None,
     image: dict[str, Any] | None = None,
+    snapshot: str | None = None,
     ident: str | None = None,
 ) -> dict[str, Any]:
     """All that the steps need, as JSON; the id is chosen here unless ``ident`` is one.
@@ -40,6 +42,9 @@ def plan_volume(
     driver = state.driver(pool)
     if adopt is None:
         state.pools_health.check(pool)
+    origin = plan_source(state, snapshot, pool, size, other=adopt or image) if snapshot else None
+    if origin is not None:
+        size = origin["size"]
     if adopt is None and size is None and image is None:
         raise InvalidInput("a new volume needs a size", hint="--size 10G")
     if adopt is not None and image is not None:
@@ -58,6 +63,7 @@ def plan_volume(
         "size": check_size_for(driver, size) if size is not None else 0,
         "adopt": adopt,
         "image": source,
+        "snapshot": origin,
         "worker": worker.id,
         "options": options or {},
         "tags": tags or [],
@@ -85,6 +91,8 @@ async def make_volume(
     """
     volume = plan["volume"]
     size, kind = plan["size"], ""
+    # The journal of an older version has no such thing.
+    origin = plan.get("snapshot")
 
     def record() -> Changes:
         state: State = job.state
@@ -105,6 +113,7 @@ async def make_volume(
             secondary=plan["secondary"],
             instance=instance,
             adopted=bool(plan["adopt"]),
+            snapshot=origin["id"] if origin else "",
             created=state.clock.now(),
             tags=tuple(plan["tags"]),
         )
@@ -126,8 +135,8 @@ async def make_volume(
         logical_id = await job.call(
             f"create image/{volume}" + (f" copy {number + 1}" if number else ""),
             node,
-            "volume.create",
-            {"ref": ref, "spec": spec},
+            "volume.clone" if origin else "volume.create",
+            {"ref": ref, "spec": spec, **({"snapshot": origin["logical_id"]} if origin else {})},
             undo=Undo("volume.uncreate", {"ref": ref, "volume": volume}, node=node, local=plan["node"] is not None),
             deadline=3600.0,
         )
@@ -195,7 +204,22 @@ async def mark_deleting(job: JobContext, volume: str, back_to: VolumeState) -> N
 
 
 async def on_pool(job: JobContext, key: str, volume: str, method: str, args: dict[str, Any], *, prefer: str | None, deadline: float) -> Any:
-    """An idempotent order about one shared volume, past the job's commit: if the agent that got it is silent, another one gets it.
+    """``on_shared`` for a volume."""
+
+    def pool() -> Pool:
+        return _pool_of(job.state, volume)
+
+    return await on_shared(job, key, pool, method, args, prefer=prefer, deadline=deadline)
+
+
+def _pool_of(state: State, volume: str) -> Pool:
+    return state.store.require(Pool, state.store.require(Volume, volume).pool)
+
+
+async def on_shared(
+    job: JobContext, key: str, pool: Callable[[], Pool], method: str, args: dict[str, Any], *, prefer: str | None, deadline: float
+) -> Any:
+    """An idempotent order about shared storage, past the job's commit: if the agent that got it is silent, another one gets it.
 
     Errors: the agent's; Unreachable, NodeUnavailable or WrongState when nobody is left to ask.
     """
@@ -205,9 +229,8 @@ async def on_pool(job: JobContext, key: str, volume: str, method: str, args: dic
 
         def choose() -> tuple[str, dict[str, Any]]:
             state: State = job.state
-            pool = state.store.require(Pool, state.store.require(Volume, volume).pool)
-            worker = state.pool_node(pool, prefer=prefer, exclude=tried)
-            return worker.id, state.ref(pool, worker).model_dump(mode="json")
+            worker = state.pool_node(pool(), prefer=prefer, exclude=tried)
+            return worker.id, state.ref(pool(), worker).model_dump(mode="json")
 
         worker, ref = await job.read(f"who: {step}", choose)
         tried.append(worker)

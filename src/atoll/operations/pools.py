@@ -9,7 +9,7 @@ from atoll.jobs.steps import Changes, Undo, undo_function
 from atoll.model.errors import UNKNOWN_OUTCOME, AtollError, InUse, InvalidInput, NodeUnavailable, NotFound, PoolUnavailable
 from atoll.model.ids import new_id
 from atoll.model.messages import PoolRef
-from atoll.model.objects import Group, Instance, Node, Pool, Volume, Writers
+from atoll.model.objects import Group, Instance, Node, Pool, Snapshot, Volume, Writers
 from atoll.operations.common import check_new_name, check_usable, frozen, locks, name_lock, prepare_tags, run_tags
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import Nothing, PoolAdd, PoolConnect, PoolMark, PoolModify, PoolRemove, TagsChange
@@ -137,6 +137,9 @@ def _prepare_remove(state: State, target: str, request: PoolRemove) -> Prepared:
     volumes = [v for v in state.store.all(Volume) if v.pool == pool.id]
     if volumes:
         raise InUse(f"pool {pool.name} has {len(volumes)} volumes, such as {volumes[0].name}", hint="atoll volume list")
+    snapshots = [s for s in state.store.all(Snapshot) if s.pool == pool.id]
+    if snapshots:
+        raise InUse(f"pool {pool.name} has {len(snapshots)} snapshots, such as {snapshots[0].name}", hint="atoll snapshot list")
     return Prepared({"id": pool.id}, locks(exclusive=[pool.resource]), f"remove pool {pool.name}")
 
 

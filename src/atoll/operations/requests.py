@@ -205,13 +205,16 @@ class VolumeCreate(Request):
     """Make a volume. ``pool`` is a pool, or a driver with one candidate; ``node`` is needed for node-local pools."""
 
     name: Name | None = None
-    pool: Ref
+    #: May be left away with ``snapshot``: the volume is made in the snapshot's pool.
+    pool: Ref | None = None
     size: Size | None = None
     node: Ref | None = None
     #: Name of an existing image in the pool, to adopt instead of making one.
     adopt: str | None = None
     #: A file to fill it from; then the size may be left away.
     image: ImageSource | None = None
+    #: A snapshot whose content it begins with; then the size may be left away.
+    snapshot: Ref | None = None
     options: dict[str, str] = Field(default_factory=dict)
     tags: list[Tag] = Field(default_factory=list)
 
@@ -225,6 +228,14 @@ class VolumeGrow(Request):
 
     size: Size | None = None
     increment: Size | None = None
+
+
+class SnapshotCreate(Request):
+    """Make a snapshot of a volume: what it holds at one moment, also while its guest runs (as after a power cut)."""
+
+    volume: Ref
+    name: Name | None = None
+    tags: list[Tag] = Field(default_factory=list)
 
 
 # --- instances ---

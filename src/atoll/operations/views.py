@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from atoll.model.errors import HostError, NotFound
 from atoll.model.messages import NodeReport, Progress
-from atoll.model.objects import Authority, Group, Instance, Job, JobState, Node, Pool, Step, StorageCluster, Volume, VolumeState
+from atoll.model.objects import Authority, Group, Instance, Job, JobState, Node, Pool, Snapshot, Step, StorageCluster, Volume, VolumeState
 from atoll.operations.health import NOT_YET
 from atoll.operations.index import Index, Row, Spaces
 from atoll.operations.instance_views import instance
@@ -247,7 +247,28 @@ def volume(item: Volume, index: Index) -> Row:
         "instance": owner.name if owner else item.instance,
         "attachments": attachments,
         "adopted": item.adopted,
+        "snapshot": index.snapshot_name(item.snapshot),
         "generation": item.generation,
+        "logical_id": item.logical_id,
+        "created": item.created,
+        "tags": list(item.tags),
+        "hold": index.hold(item.resource),
+    }
+
+
+def snapshot(item: Snapshot, index: Index) -> Row:
+    """A snapshot. ``volume`` is its volume's present name, or what it was called when it is gone (``volume_deleted``)."""
+    source = index.volumes.get(item.volume)
+    return {
+        "name": item.name,
+        "id": item.id,
+        "state": item.state.value,
+        "size": item.size,
+        "pool": index.pool_name(item.pool),
+        "driver": index.pools[item.pool].driver if item.pool in index.pools else None,
+        "volume": source.name if source else item.volume_name,
+        "volume_id": item.volume,
+        "volume_deleted": source is None,
         "logical_id": item.logical_id,
         "created": item.created,
         "tags": list(item.tags),
@@ -317,6 +338,7 @@ def _resource(resource: str, index: Index) -> str:
         "group": lambda: index.groups,
         "pool": lambda: index.pools,
         "volume": lambda: index.volumes,
+        "snapshot": lambda: {item.id: item for item in index.state.store.all(Snapshot)},
         "instance": lambda: index.instances,
     }
     table = tables[noun]() if noun in tables else {}
@@ -341,6 +363,7 @@ KINDS: dict[str, tuple[type[Any], Callable[[Any, Index], Row]]] = {
     "group": (Group, group),
     "pool": (Pool, pool),
     "volume": (Volume, volume),
+    "snapshot": (Snapshot, snapshot),
     "instance": (Instance, instance),
     "storage": (StorageCluster, storage),
     "job": (Job, job),

@@ -20,7 +20,7 @@ from atoll.model.errors import (
     ShrinkRefused,
     WrongState,
 )
-from atoll.model.objects import Instance, Node, Pool, Volume, VolumeState
+from atoll.model.objects import Instance, Node, Pool, Snapshot, Volume, VolumeState
 from atoll.model.units import format_size
 from atoll.operations.common import (
     check_new_name,
@@ -42,7 +42,10 @@ from atoll.operations.state import State
 
 def _prepare_create(state: State, target: str, request: VolumeCreate) -> Prepared:
     node = state.store.find(Node, request.node) if request.node else None
-    pool = state.resolve_pool(request.pool, node.group if node else None)
+    snapshot = state.store.find(Snapshot, request.snapshot) if request.snapshot else None
+    if request.pool is None and snapshot is None:
+        raise InvalidInput("a new volume needs a pool", hint="--pool POOL")
+    pool = state.resolve_pool(request.pool or (snapshot.pool if snapshot else ""), node.group if node else None)
     check_pool_open(state, pool, node.group if node else None)
     driver = state.driver(pool)
     if node is not None:
@@ -54,16 +57,27 @@ def _prepare_create(state: State, target: str, request: VolumeCreate) -> Prepare
     image = request.image.model_dump(mode="json") if request.image else None
     owner = node.id if node else None
     # For its errors, and for the id: nobody changes a volume that is still being made. The rest is planned again when the job runs.
-    plan = plan_volume(state, name=request.name or "check", pool=pool, size=request.size, adopt=request.adopt, image=image, node=owner)
+    plan = plan_volume(
+        state,
+        name=request.name or "check",
+        pool=pool,
+        size=request.size,
+        adopt=request.adopt,
+        image=image,
+        snapshot=snapshot.id if snapshot else None,
+        node=owner,
+    )
     ident = target or plan["volume"]
     held = [f"volume:{ident}", *([name_lock(Volume, request.name)] if request.name else [])]
     if request.adopt:
         held.append(f"image:{pool.id}:{request.adopt}")
-    source = request.image.path if request.image else request.adopt
-    size = " ".join([*([format_size(request.size)] if request.size else []), *([f"from image {source}"] if source else [])])
+    source = f"image {request.image.path if request.image else request.adopt}" if request.image or request.adopt else ""
+    source = f"snapshot {snapshot.name}" if snapshot else source
+    size = " ".join([*([format_size(request.size)] if request.size else []), *([f"from {source}"] if source else [])])
     used = {pool.resource, *([node.resource] if node else []), *([f"node:{plan['image']['node']}"] if plan["image"] else [])}
+    used |= {snapshot.resource} if snapshot else set()
     return Prepared(
-        frozen(request, id=ident, pool=pool.id, node=node.id if node else None),
+        frozen(request, id=ident, pool=pool.id, node=node.id if node else None, snapshot=snapshot.id if snapshot else None),
         locks(shared=used, exclusive=held),
         f"create volume {request.name or ''} ({size}) in pool {pool.name}".replace("  ", " "),
         deadline=DAY if request.image else None,
@@ -82,6 +96,7 @@ async def _run_create(job: JobContext, request: dict[str, Any]) -> Any:
             size=request["size"],
             adopt=request["adopt"],
             image=request["image"],
+            snapshot=request.get("snapshot"),
             node=request["node"],
             options=request["options"],
             tags=request["tags"],

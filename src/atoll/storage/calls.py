@@ -13,7 +13,7 @@ from atoll.storage.contract import VolumeSpec, as_json
 def pool_call(ref: dict[str, Any], method: str, args: dict[str, Any]) -> Any:
     """Call a method of a pool's pool half."""
     driver = registry.pool(PoolRef(**ref))
-    if method == "create":
+    if method in ("create", "clone"):
         args = {**args, "spec": VolumeSpec(**args["spec"])}
     if method.startswith("_") or not hasattr(driver, method):
         raise InvalidInput(f"a pool half has no method {method!r}")

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from pydantic import BaseModel, ConfigDict, Field
 
 from atoll.model.health import Health
-from atoll.model.messages import Attached, Connection, PoolRef, PoolStatus, Space, VolumeStat, Writer
+from atoll.model.messages import Attached, Connection, PoolRef, PoolStatus, SnapshotStat, Space, VolumeStat, Waiting, Writer
 
 
 class Mirroring(StrEnum):
@@ -51,6 +51,7 @@ class DriverInfo(BaseModel):
     grow: bool = True
     #: ``offline``: the image's own name follows the volume's, while no guest has it open.
     rename: Literal["no", "offline"] = "no"
+    #: Its pool half is a ``SnapshotPool``: it makes snapshots, and (``clones``) volumes from them.
     snapshots: bool = False
     clones: bool = False
     exclusive_lock: bool = False
@@ -170,6 +171,33 @@ class WatchedPool(PoolDriver, Protocol):
     def health(self) -> Health:
         """One sample. It is taken every few seconds, also while calls that touch data hang: it waits for nothing that does. What cannot be
         told in a second or two is left out, and the sample says so. Errors: PoolUnavailable (nobody answers)."""
+
+
+@runtime_checkable
+class SnapshotPool(PoolDriver, Protocol):
+    """The pool half of storage that makes snapshots (``DriverInfo.snapshots``) and volumes from them (``clones``).
+
+    A snapshot stays when its volume is deleted, and a volume made from one stays when the snapshot is deleted.
+    """
+
+    def snapshot(self, logical_id: str, snapshot: str) -> SnapshotStat:
+        """What the image holds at one moment, also while a guest writes it. ``snapshot``: the id; there already is success.
+
+        Errors: NotFound, NotSupported (this image cannot have any), PoolUnavailable."""
+
+    def delete_snapshot(self, snapshot: str, logical_id: str = "", source: str = "") -> None:
+        """Remove it; missing is success. Where its logical id was never told, it is found by the image that it was made of (``source``).
+        Errors: DiskInUse."""
+
+    def snapshots(self) -> list[SnapshotStat]:
+        """All that have ids of ours, with those of deleted volumes."""
+
+    def clone(self, spec: VolumeSpec, snapshot: str) -> str:
+        """Make a volume that begins with what the snapshot (a logical id) holds; gives its logical id.
+        Errors: NotFound, ShrinkRefused (it is larger), PoolFull, Conflict."""
+
+    def waiting(self) -> list[Waiting]:
+        """What was deleted and is still there, and why."""
 
 
 @runtime_checkable

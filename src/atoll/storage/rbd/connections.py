@@ -22,7 +22,7 @@ except ImportError:  # pragma: no cover
 #: then its outcome is unknown, and a time-out in here would only hide that.
 _CONNECT, _COMMAND = 10, 15
 #: What users may do with a broken-off connection: make another one.
-_GONE = (errno.ESHUTDOWN, errno.ENOTCONN)
+GONE = (errno.ESHUTDOWN, errno.ENOTCONN)
 _abandoned: list[Any] = []
 _kept: dict[tuple[str, str, str, str, str], Link] = {}
 
@@ -60,7 +60,7 @@ def explain(error: Any, options: RbdOptions, what: str) -> AtollError:
         return PoolFull(f"{words}: no space left")
     if number == errno.ETIMEDOUT:
         return PoolUnavailable(f"{words}: Ceph gives no answer", hint="ceph -s")
-    if number in _GONE:
+    if number in GONE:
         return PoolUnavailable(
             f"{words}: Ceph has cut off this agent's connection; the next call makes a new one", hint="ceph osd blocklist ls"
         )
@@ -149,7 +149,7 @@ def using(options: RbdOptions, what: str) -> Iterator[Link]:
     try:
         yield found
     except (rados.Error, rbd.Error) as error:
-        if getattr(error, "errno", None) in _GONE:
+        if getattr(error, "errno", None) in GONE:
             _forget(found)
         raise explain(error, options, what) from error
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,11 +15,14 @@ from atoll.model.messages import VolumeStat
 from atoll.model.units import format_size
 from atoll.storage.contract import VolumeSpec
 from atoll.storage.rbd import clients
-from atoll.storage.rbd.connections import Link, check_name
+from atoll.storage.rbd.connections import GONE, Link, check_name
 from atoll.storage.rbd.options import EXCLUSIVE_LOCK, FAST_DIFF, RbdOptions
 
 #: What begins the names of images that are the pool's own, and no volumes.
 HIDDEN = "atoll-probe."
+#: What begins the names of images whose volumes are deleted and have snapshots left.
+KEPT = "atoll-kept."
+SNAPSHOT = re.compile(r"^snap-[0-9a-f]{17}$")
 #: Metadata of an image that was deleted, so that the trash tells ours from other people's.
 DELETED = "atoll.deleted"
 _VOLUME = re.compile(r"^vol-[0-9a-f]{17}$")
@@ -109,7 +114,7 @@ def everything(link: Link) -> list[VolumeStat]:
         except NotFound:
             return VolumeStat(logical_id=name, size=0, volume=volume_of(name))
 
-    names = sorted(name for name in rbd.RBD().list(link.ioctx) if not name.startswith(HIDDEN))
+    names = sorted(name for name in rbd.RBD().list(link.ioctx) if not name.startswith((HIDDEN, KEPT)))
     with ThreadPoolExecutor(_LOOKERS) as pool:
         return list(pool.map(one, names))
 
@@ -189,15 +194,21 @@ def adopt(link: Link, source: str) -> VolumeStat:
 
 def delete(link: Link, logical_id: str, pool: str) -> None:
     """Move it into the trash, where nobody opens it any more, and remove it from there; missing is success. One that was in the trash
-    already, because an earlier deletion was broken off, is removed too. Errors: DiskInUse, Conflict (it has snapshots made by hand)."""
+    already, because an earlier deletion was broken off, is removed too. With snapshots of ours it is kept under another name, until the
+    last of them is deleted. Errors: DiskInUse, Conflict (it has snapshots made by hand)."""
     check_name(logical_id)
     try:
         refuse_writer(link, logical_id)
         with clients.opened(link, logical_id, read_only=False) as image:
             ident = image.id()
             _refuse_snapshots(image, logical_id)
-            image.metadata_set(DELETED, pool)
-        rbd.RBD().trash_move(link.ioctx, logical_id, 0)
+            kept = bool(user_snapshots(image))
+            if not kept:
+                image.metadata_set(DELETED, pool)
+        if kept:
+            rbd.RBD().rename(link.ioctx, logical_id, KEPT + ident)
+        else:
+            rbd.RBD().trash_move(link.ioctx, logical_id, 0)
         clients.forget(link, ident)
     except (NotFound, rbd.ImageNotFound):
         if logical_id in rbd.RBD().list(link.ioctx):
@@ -206,27 +217,62 @@ def delete(link: Link, logical_id: str, pool: str) -> None:
     sweep(link, pool)
 
 
+def user_snapshots(image: Any) -> list[dict[str, Any]]:
+    """Its snapshots, without those that were removed and that only clones need."""
+    return [snap for snap in image.list_snaps() if snap["namespace"] == rbd.RBD_SNAP_NAMESPACE_TYPE_USER]
+
+
 def _refuse_snapshots(image: Any, name: str) -> None:
     """Snapshots would hold it in the trash, where nobody looks. Those that only clones need go with the clones."""
-    made = [snap["name"] for snap in image.list_snaps() if snap["namespace"] == rbd.RBD_SNAP_NAMESPACE_TYPE_USER]
+    made = [snap["name"] for snap in user_snapshots(image) if not SNAPSHOT.match(snap["name"])]
     if made:
         raise Conflict(
             f"image {name} has snapshots that were made by hand: {', '.join(made[:5])}",
-            hint=f"if nobody needs them: rbd snap purge POOL/{name}",
+            hint=f"if nobody needs them: rbd snap rm POOL/{name}@{made[0]}",
         )
 
 
 def sweep(link: Link, pool: str) -> None:
-    """Remove what was deleted and can go now; an image on which clones depend stays in the trash until they are gone."""
-    for entry in list(rbd.RBD().trash_list(link.ioctx)):
-        if _ours(link, entry["id"], pool):
-            try:
-                rbd.RBD().trash_remove(link.ioctx, entry["id"])
-            except (rbd.ImageHasSnapshots, rbd.ImageBusy, rbd.ImageNotFound):
-                continue
+    """Remove what was deleted and can go now; an image on which clones depend stays in the trash until they are gone. One that cannot be
+    removed, whatever is wrong with it, does not keep the others: ``snaps.waiting`` says why it is still there."""
+    for name in rbd.RBD().list(link.ioctx):
+        if name.startswith(KEPT):
+            with _whatever_is_wrong():
+                _let_go(link, name, pool)
+    progress = True
+    while progress:
+        # What reads another one may come after it.
+        progress = False
+        for entry in list(rbd.RBD().trash_list(link.ioctx)):
+            with _whatever_is_wrong():
+                if ours(link, entry["id"], pool):
+                    rbd.RBD().trash_remove(link.ioctx, entry["id"])
+                    progress = True
 
 
-def _ours(link: Link, ident: str, pool: str) -> bool:
+@contextlib.contextmanager
+def _whatever_is_wrong() -> Iterator[None]:
+    """An image of which Ceph refuses something is left for the next time; a connection that is cut off is an error."""
+    try:
+        yield
+    except NotFound:
+        pass
+    except rbd.Error as error:
+        if getattr(error, "errno", None) in GONE:
+            raise
+
+
+def _let_go(link: Link, name: str, pool: str) -> None:
+    """Move an image that was kept for its snapshots into the trash, if it has none any more."""
+    with clients.opened(link, name) as image:
+        if user_snapshots(image):
+            return
+    with clients.opened(link, name, read_only=False) as image:
+        image.metadata_set(DELETED, pool)
+    rbd.RBD().trash_move(link.ioctx, name, 0)
+
+
+def ours(link: Link, ident: str, pool: str) -> bool:
     """Whether we put it into the trash. What is half removed has lost its metadata, but not its place in the trash."""
     try:
         with rbd.Image(link.ioctx, image_id=ident, read_only=True) as image:

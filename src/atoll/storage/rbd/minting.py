@@ -42,18 +42,25 @@ def caps(link: Link, options: RbdOptions, name: str) -> str:
     # Settings of the pool are read in the default namespace, whatever the image's own.
     granted = [f"allow rx {where} object_prefix rbd_id.{name}"]
     granted += [f'allow rx pool={options.pool} namespace="{space}" object_prefix rbd_info' for space in sorted({"", options.namespace})]
+    if options.namespace:
+        # QEMU asks whether it exists.
+        granted.append(f"allow class rbd dir_state_assert {where} object_prefix rbd_directory")
     with clients.opened(link, name) as image:
         granted += _objects(options.pool, options.namespace, image.id(), _data_pool(link, image), link.ioctx.get_pool_id())
         parent = _parent(image)
     while parent is not None:
         pool, namespace, ident, _ = parent
+        # It is opened by its id: librbd asks how that is called, which tells no other names.
+        where = f'pool={pool} namespace="{namespace}"'
+        granted.append(f"allow class rbd dir_get_name {where} object_prefix rbd_directory")
+        granted.append(f"allow class rbd trash_get {where} object_prefix rbd_trash")
         with link.cluster.open_ioctx(pool) as ioctx:
             ioctx.set_namespace(namespace)
             with rbd.Image(ioctx, image_id=ident, read_only=True) as image:
                 data = _data_pool(Link(link.cluster, ioctx), image)
                 granted += [right.replace("allow rwx", "allow rx") for right in _objects(pool, namespace, ident, data, ioctx.get_pool_id())]
                 parent = _parent(image)
-    return ", ".join(granted)
+    return ", ".join(dict.fromkeys(granted))
 
 
 def _data_pool(link: Link, image: Any) -> str:
@@ -66,7 +73,7 @@ def _parent(image: Any) -> tuple[str, str, str, str] | None:
         found = image.get_parent_image_spec()
     except rbd.ImageNotFound:
         return None
-    return found["pool_name"], found["pool_namespace"], found["image_id"], found["snap_name"]
+    return found["pool_name"], found["pool_namespace"], image.parent_id(), found["snap_name"]
 
 
 def _command(cluster: Any, prefix: str, **arguments: Any) -> tuple[int, bytes, str]:

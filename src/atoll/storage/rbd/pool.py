@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from atoll.model.errors import AtollError, NotSupported, PoolUnavailable
 from atoll.model.health import Health
-from atoll.model.messages import Connection, PoolRef, PoolStatus, Space, VolumeStat, Writer
+from atoll.model.messages import Connection, PoolRef, PoolStatus, SnapshotStat, Space, VolumeStat, Waiting, Writer
 from atoll.storage.contract import VolumeSpec
 from atoll.storage.rbd import connections, options
 
@@ -15,7 +15,7 @@ connections.available()
 
 import rbd  # noqa: E402
 
-from atoll.storage.rbd import clients, health, images, marks, minting, space  # noqa: E402
+from atoll.storage.rbd import clients, health, images, marks, minting, snaps, space  # noqa: E402
 
 _PROBE_SIZE = 1 << 20
 #: Probes that this process holds open: pool -> connection and image.
@@ -120,6 +120,33 @@ class Pool:
         """See ``PoolDriver``."""
         with self._using("listing images") as link:
             return images.everything(link)
+
+    def snapshot(self, logical_id: str, snapshot: str) -> SnapshotStat:
+        """See ``SnapshotPool``."""
+        with self._using(f"making a snapshot of image {logical_id}") as link:
+            return snaps.take(link, logical_id, snapshot)
+
+    def delete_snapshot(self, snapshot: str, logical_id: str = "", source: str = "") -> None:
+        """See ``SnapshotPool``."""
+        with self._using(f"deleting snapshot {snapshot}") as link:
+            snaps.remove(link, snapshot, logical_id, source, self.ref.id)
+
+    def snapshots(self) -> list[SnapshotStat]:
+        """See ``SnapshotPool``."""
+        with self._using("listing snapshots") as link:
+            return snaps.everything(link)
+
+    def clone(self, spec: VolumeSpec, snapshot: str) -> str:
+        """See ``SnapshotPool``."""
+        with self._using(f"making the image of {spec.volume} from a snapshot") as link:
+            with contextlib.suppress(PoolUnavailable):
+                images.refuse_full(space.space(link, self._options).free, self._options)
+            return snaps.clone(link, self._options, spec, snapshot, self.ref.id)
+
+    def waiting(self) -> list[Waiting]:
+        """See ``SnapshotPool``."""
+        with self._using("looking at what was deleted") as link:
+            return snaps.waiting(link, self.ref.id)
 
     def adopt(self, source: str, volume: str) -> VolumeStat:
         """See ``PoolDriver``. The image keeps its name."""
