@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,3 +26,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return next((group for group in HEAVY if nodeid.startswith(group)), nodeid)
 
     return TakingTurns(config, log)
+
+
+@pytest.fixture
+def small(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A file system of its own, as large as the module's ``DISK`` says (mount's words, such as 2m)."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    path = tmp_path / "small"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={request.module.DISK}", "tmpfs", str(path)], check=True)
+    yield path
+    # Lazily: after a failed test a file may still be open.
+    subprocess.run(["umount", "--lazy", str(path)], check=True)

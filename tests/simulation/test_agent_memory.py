@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,18 +16,9 @@ from atoll.model.objects import JobState
 from atoll.model.units import GIB, MIB
 from atoll.rpc.agents import quiet
 
+#: Of the file system ``small``.
+DISK = "1m"
 PAGE = 4096
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> Iterator[Path]:
-    if os.geteuid() != 0:
-        pytest.skip("needs root")
-    path = tmp_path / "small"
-    path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)], check=True)
-    yield path
-    subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
 def fill(path: Path, pages: int) -> None:

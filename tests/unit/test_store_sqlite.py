@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,6 +19,9 @@ from atoll.model.errors import StoreError, StoreLocked, Unreachable
 from atoll.store.contract import CompareFailed, Transaction
 from atoll.store.local import NETWORK_FILE_SYSTEMS, file_system_type
 from atoll.store.sqlite import SqliteStore
+
+#: Of the file system ``small``.
+DISK = "1m"
 
 
 def put(**pairs: str) -> Transaction:
@@ -195,22 +197,10 @@ async def test_sqlite_backup_opens_as_a_store(tmp_path: Path) -> None:
     await copy.close()
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Any:
-    if os.geteuid() != 0:
-        pytest.skip("needs root")
-    path = tmp_path / "small"
-    path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)], check=True)
-    yield path
-    # Lazily: after a failed test the store may still be open.
-    subprocess.run(["umount", "--lazy", str(path)], check=True)
-
-
 @pytest.mark.root
-async def test_sqlite_full_disk_refuses_whole_transactions_and_recovers(small_disk: Path) -> None:
-    store = await SqliteStore.open(small_disk / "s")
-    filler = small_disk / "filler"
+async def test_sqlite_full_disk_refuses_whole_transactions_and_recovers(small: Path) -> None:
+    store = await SqliteStore.open(small / "s")
+    filler = small / "filler"
     await store.transact(put(before="1"))
     stored: dict[str, bytes] = {}
     refused = ""
@@ -227,11 +217,11 @@ async def test_sqlite_full_disk_refuses_whole_transactions_and_recovers(small_di
     assert {entry.key: entry.value for entry in entries} == {"before": b"1", **stored}
     assert revision == 1 + len(stored) // 2
     await store.close()
-    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
-    store = await SqliteStore.open(small_disk / "s")
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small)], check=True)
+    store = await SqliteStore.open(small / "s")
     assert {entry.key: entry.value for entry in (await store.list(""))[0]} == {"before": b"1", **stored}
     # The same without closing: full, refused, room again, accepted.
-    filler.write_bytes(b"x" * (os.statvfs(small_disk).f_bavail * 4096 - 40_960))
+    filler.write_bytes(b"x" * (os.statvfs(small).f_bavail * 4096 - 40_960))
     answers = await asyncio.gather(
         *(store.transact(Transaction(put={f"big/{n}": os.urandom(60_000)})) for n in range(10)), return_exceptions=True
     )

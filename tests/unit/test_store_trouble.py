@@ -8,7 +8,6 @@ import random
 import resource
 import shutil
 import sqlite3
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,8 @@ from atoll.store import sqlite_file
 from atoll.store.contract import Transaction
 from atoll.store.sqlite import SqliteStore
 
+#: Of the file system ``small``.
+DISK = "2m"
 PAGE = 4096
 #: ``make faults`` tries every place, ``make test`` one in eight.
 EVERY = 1 if os.environ.get("ATOLL_FAULT_STEPS") else 8
@@ -99,18 +100,6 @@ class Run:
             possible.append(dict(self.sure))
         assert found in possible
         self.sure, self.unknown = found, []
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> Iterator[Path]:
-    if os.geteuid() != 0:
-        pytest.skip("needs root")
-    path = tmp_path / "small"
-    path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(path)], check=True)
-    yield path
-    # Lazily: after a failed test the store may still be open.
-    subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
 def fill(path: Path, pages: int) -> Path:
