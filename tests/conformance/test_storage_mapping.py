@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -9,14 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from atoll.model.errors import Conflict, DiskInUse, NotFound
+from atoll.model.errors import Conflict, DiskInUse, NotFound, NotSupported
 from atoll.model.messages import Connection, PoolRef
+from atoll.monitor import residue
 from atoll.storage import registry
 from atoll.storage.contract import Connector, VolumeSpec
 from atoll.storage.files import loops
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(os.geteuid() != 0, reason="loop devices need root")]
 MIB = 1 << 20
+#: Drivers that can map: those of image files.
+FILES = [d.name for d in registry.drivers() if any(option.name == "path" for option in d.options)]
 
 
 class Place:
@@ -37,7 +41,7 @@ class Place:
         return str(self.half.map(self.connection, read_only=read_only).path)
 
 
-@pytest.fixture(params=[d.name for d in registry.drivers()])
+@pytest.fixture(params=FILES)
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     made = Place(request.param, tmp_path)
     yield made
@@ -97,3 +101,27 @@ def test_what_is_not_there_cannot_be_mapped(place: Place) -> None:
     with pytest.raises(NotFound):
         place.map()
     place.image.touch()
+
+
+@pytest.mark.parametrize("driver", [d.name for d in registry.drivers() if d.name not in FILES])
+def test_who_cannot_map_says_so_and_has_nothing_mapped(driver: str) -> None:
+    half, connection = registry.connector(driver), Connection(driver=driver, volume="vol-1", size=MIB, data={}, secrets={})
+    with pytest.raises(NotSupported) as refused:
+        half.map(connection, read_only=False)
+    assert refused.value.hint
+    half.unmap(connection)
+    assert half.unmap_others([]) == []
+
+
+def test_only_forgotten_mappings_of_this_node_are_residue(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = tmp_path / "run"
+    (run_dir / "attached").mkdir(parents=True)
+    device = Path(place.map()).name
+    assert residue.found(run_dir)["loops"].get(device) == str(place.image)
+    (run_dir / "attached" / "hand:i-1.json").write_text(json.dumps({place.volume: {}}))
+    assert device not in residue.found(run_dir)["loops"]
+    (run_dir / "attached" / "hand:i-1.json").unlink()
+    # Nodes in containers share the kernel's devices.
+    monkeypatch.setattr(loops, "_machine", lambda: "another")
+    assert device not in residue.found(run_dir)["loops"]
+    monkeypatch.undo()

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from atoll.storage.files import loops as mappings
+
 _WORKER, _WATCHDOG, _SERVER = "atoll.runtime.workermain", "watchdog.py", "qemu-nbd"
 
 
@@ -45,7 +47,7 @@ def _parent(pid: int) -> tuple[str, int]:
 def found(run_dir: Path) -> dict[str, Any]:
     """What is there, for a master that knows what should be: exports of disks (volume -> pid), watchdogs of migrations (guest -> pid),
     attachments by hand (owner -> volumes), workers whose parent has died, and loop devices (device -> file)."""
-    seen: dict[str, Any] = {"exports": {}, "watchdogs": {}, "workers": [], "attached": {}, "loops": loops()}
+    seen: dict[str, Any] = {"exports": {}, "watchdogs": {}, "workers": [], "attached": {}, "loops": {}}
     for pid, argv in processes():
         if os.path.basename(argv[0]) == _SERVER:
             name = next((Path(a.removeprefix("--pid-file=")) for a in argv if a.startswith("--pid-file=")), None)
@@ -66,13 +68,19 @@ def found(run_dir: Path) -> dict[str, Any]:
             seen["attached"][path.stem] = sorted(json.loads(path.read_text()))
         except (OSError, ValueError):
             continue
+    seen["loops"] = _loops({volume for volumes in seen["attached"].values() for volume in volumes})
     return seen
 
 
-def loops() -> dict[str, str]:
-    """Loop devices with the files behind them; a file that was deleted says so."""
+def _loops(known: set[str]) -> dict[str, str]:
+    """Loop devices with the files behind them, without those that map a volume for somebody: for another node on this kernel, or ``known``.
+    A file that was deleted says so."""
+    ours = mappings.mapped()
+    others = {f"loop{number}" for (_, volume), number in mappings.everybodys().items() if volume in known or volume not in ours}
     seen = {}
     for place in Path("/sys/block").glob("loop*/loop/backing_file"):
+        if place.parent.parent.name in others:
+            continue
         try:
             seen[place.parent.parent.name] = place.read_text().strip()
         except OSError:

@@ -16,10 +16,7 @@ class Connector:
     def attach(self, connection: Connection, access: Literal["kernelspace", "userspace"]) -> Attached:
         """See ``Connector``. Errors: PoolUnavailable (no configuration or key here), NotSupported (no device can be made)."""
         if access != "userspace":
-            raise NotSupported(
-                "images in Ceph are opened by QEMU itself; this version maps none to a device",
-                hint="stop the instance, then use rbd map or rbd export on a host with Ceph's client",
-            )
+            raise self._no_device()
         data = connection.data
         path = keyring.lay_out(connection.volume, self._key(connection))
         secret = f"key-{connection.volume}"
@@ -51,6 +48,23 @@ class Connector:
         data = connection.data
         path = connection.secrets["keyring"].removeprefix("file:")
         return RbdOptions(data["pool"], data["namespace"], data["conf"], data["user"], path, data["user"], path, False, 61, "")
+
+    def _no_device(self) -> NotSupported:
+        return NotSupported(
+            "images in Ceph are opened by QEMU itself; this version maps none to a device",
+            hint="stop the instance, then use rbd map or rbd export on a host with Ceph's client",
+        )
+
+    def map(self, connection: Connection, *, read_only: bool) -> Attached:
+        """See ``Connector``. Errors: NotSupported."""
+        raise self._no_device()
+
+    def unmap(self, connection: Connection) -> None:
+        """See ``Connector``. Nothing is mapped."""
+
+    def unmap_others(self, keep: list[str]) -> list[str]:
+        """See ``Connector``. Nothing is mapped."""
+        return []
 
     def detach(self, connection: Connection) -> None:
         """See ``Connector``."""
