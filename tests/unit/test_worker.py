@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -209,3 +210,14 @@ async def test_a_closed_worker_starts_nothing(worker: Worker) -> None:
 async def test_many_calls_share_the_lanes(worker: Worker) -> None:
     pids = {result["pid"] for result in await asyncio.gather(*(worker.call("echo", 30, value=n) for n in range(40)))}
     assert 1 <= len(pids) <= 3
+
+
+def test_a_zombie_has_ended() -> None:
+    """Whose parent is whoever inherits the orphans of an agent that was killed, and may not look after them for long."""
+    process = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert os.path.exists(f"/proc/{process.pid}")
+    assert module._ended(process.pid) == 0
+    process.wait()
+    assert module._ended(process.pid) == 0
+    assert module._ended(os.getpid()) is None

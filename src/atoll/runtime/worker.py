@@ -64,7 +64,7 @@ def _left_behind(module: str, key: str) -> list[int]:
             argv = Path(f"/proc/{entry}/cmdline").read_bytes().decode(errors="replace").split("\0") if entry.isdigit() else []
             if _MAIN not in argv or argv[-4:-3] != [module] or argv[-2] != key:
                 continue
-            status = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
+            status = _state(int(entry))
         except OSError:
             continue
         if status[0] not in "ZX" and status[1] != argv[-3]:
@@ -72,9 +72,17 @@ def _left_behind(module: str, key: str) -> list[int]:
     return found
 
 
+def _state(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the state on. Errors: OSError."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
 def _ended(pid: int) -> int | None:
-    """None as long as the process exists, which is not a child of ours."""
-    return None if os.path.exists(f"/proc/{pid}") else 0
+    """None as long as the process runs, which is not a child of ours: whoever is its parent now may leave it a zombie for long."""
+    try:
+        return 0 if _state(pid)[0] in "ZX" else None
+    except OSError:
+        return 0
 
 
 class _Child:
