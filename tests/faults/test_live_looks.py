@@ -95,6 +95,8 @@ def test_every_node_is_asked_and_one_that_is_silent_is_named(cluster: KillLab) -
 def test_a_process_that_was_left_behind_is_found_by_verify(cluster: KillLab) -> None:
     run_dir = load(cluster.lab.node("node2").config_path).run_dir
     words = ["qemu-nbd", "-c", "import time; print(flush=True); time.sleep(300)", f"--pid-file={run_dir}/copies/vol-1/nbd.pid"]
+    # Daemons of the test before may just have been started again.
+    cluster.settled()
     assert cluster.get("/v1/cluster/verify")["findings"] == []
     with subprocess.Popen(words, executable=sys.executable, stdout=subprocess.PIPE) as left:
         try:

@@ -192,7 +192,7 @@ def test_processes_that_were_left_behind(tmp_path: Path) -> None:
 
 
 def test_a_loop_device_on_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(residue, "loops", lambda: {"loop3": "/srv/images/a.raw (deleted)", "loop4": "/srv/images-of-others/b"})
+    monkeypatch.setattr(residue, "_loops", lambda known: {"loop3": "/srv/images/a.raw (deleted)", "loop4": "/srv/images-of-others/b"})
     checks = remains.leftovers(config(tmp_path), [{"options": {"path": "/srv/images"}}])
     assert [(check.about, check.commands) for check in checks] == [("loop device loop3", ("losetup -d /dev/loop3",))]
 
