@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from atoll.lab.box import Box, simulate
-from atoll.model.errors import PoolUnavailable, WrongState
+from atoll.model.errors import PoolNotReachable, PoolUnavailable, WrongState
 from atoll.model.objects import Hold, Instance, JobState, Pool
 from atoll.model.units import GIB
 
@@ -58,6 +58,19 @@ def test_a_group_whose_guests_may_not_enter_a_pool_is_not_connected() -> None:
         with pytest.raises(PoolUnavailable, match="on node3"):
             await box.do("pool.connect", "shared", group="default")
         assert len(box.master.state.store.find(Pool, "shared").groups) == 1
+        await box.close()
+
+    simulate(story)
+
+
+def test_a_pool_that_no_node_reaches_cannot_be_checked() -> None:
+    async def story() -> None:
+        box = await Box.make()
+        await box.do("group.add", name="empty")
+        await box.do("pool.add", name="shared", driver="sharedfile", options={"path": "/box/shared", "mount": "none"}, groups=["empty"])
+        with pytest.raises(PoolNotReachable, match="its groups have none") as refused:
+            await box.do("pool.check", "shared")
+        assert "atoll pool connect shared GROUP" in refused.value.hint
         await box.close()
 
     simulate(story)

@@ -6,7 +6,16 @@ from typing import Any
 
 from atoll.jobs.context import JobContext
 from atoll.jobs.steps import Changes, Undo, undo_function
-from atoll.model.errors import UNKNOWN_OUTCOME, AtollError, InUse, InvalidInput, NodeUnavailable, NotFound, PoolUnavailable
+from atoll.model.errors import (
+    UNKNOWN_OUTCOME,
+    AtollError,
+    InUse,
+    InvalidInput,
+    NodeUnavailable,
+    NotFound,
+    PoolNotReachable,
+    PoolUnavailable,
+)
 from atoll.model.ids import new_id
 from atoll.model.messages import PoolRef
 from atoll.model.objects import Group, Instance, Node, Pool, Snapshot, Volume, Writers
@@ -234,7 +243,18 @@ register(Operation("pool.disconnect", PoolConnect, _prepare_disconnect, _run_dis
 
 def _prepare_check(state: State, target: str, request: Nothing) -> Prepared:
     pool = state.store.find(Pool, target)
+    _checkable(state, pool)
     return Prepared({"id": pool.id}, locks(exclusive=[pool.resource]), f"check pool {pool.name}")
+
+
+def _checkable(state: State, pool: Pool) -> list[Node]:
+    """The nodes that can look at it. Errors: PoolNotReachable when there is none."""
+    nodes = _members(state, state.driver(pool), pool.groups)
+    if not nodes:
+        raise PoolNotReachable(
+            f"no node can look at pool {pool.name}: its groups have none", hint=f"atoll pool connect {pool.name} GROUP, or atoll node add"
+        )
+    return nodes
 
 
 async def _run_check(job: JobContext, request: dict[str, Any]) -> Any:
@@ -243,9 +263,9 @@ async def _run_check(job: JobContext, request: dict[str, Any]) -> Any:
     def plan() -> dict[str, Any]:
         state: State = job.state
         pool = state.store.require(Pool, request["id"])
-        nodes = _members(state, state.driver(pool), pool.groups)
+        nodes = _checkable(state, pool)
         return {
-            "ref": state.ref(pool, nodes[0]).model_dump(mode="json") if nodes else {},
+            "ref": state.ref(pool, nodes[0]).model_dump(mode="json"),
             "nodes": [(n.id, n.name) for n in nodes if state.health.alive(n.id)],
             "silent": [n.name for n in nodes if not state.health.alive(n.id)],
         }
