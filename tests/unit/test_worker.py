@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -221,3 +222,21 @@ def test_a_zombie_has_ended() -> None:
     process.wait()
     assert module._ended(process.pid) == 0
     assert module._ended(os.getpid()) is None
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@pytest.mark.parametrize("space", ["ours", "another"])
+def test_workers_of_other_nodes_on_this_kernel_are_not_left_behind(space: str) -> None:
+    """There their parents have other numbers."""
+    words = ["-c", "import time; print(flush=True); time.sleep(300)", "atoll.runtime.workermain", "3", "calls", "1", "the-key"]
+    command = [sys.executable, *words]
+    if space == "another":
+        command = ["unshare", "--pid", "--fork", "--kill-child", "sh", "-c", f"exec {shlex.join(command)}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            assert module._left_behind("calls", "the-key") == ([process.pid] if space == "ours" else [])
+        finally:
+            process.kill()

@@ -57,12 +57,17 @@ def _when_gone(pid: int, then: Callable[[], None]) -> Callable[[], None]:
 
 
 def _left_behind(module: str, key: str) -> list[int]:
-    """Workers for the same storage whose parent has died, and that hang in the kernel in spite of their death."""
-    found = []
+    """Workers for the same storage whose parent has died, and that hang in the kernel in spite of their death.
+
+    Those of other nodes on this kernel (containers, nodes of a lab) know their parents by other numbers, and are not ours.
+    """
+    found, own = [], os.stat("/proc/self/ns/pid").st_ino
     for entry in os.listdir("/proc"):
         try:
             argv = Path(f"/proc/{entry}/cmdline").read_bytes().decode(errors="replace").split("\0") if entry.isdigit() else []
             if _MAIN not in argv or argv[-4:-3] != [module] or argv[-2] != key:
+                continue
+            if os.stat(f"/proc/{entry}/ns/pid").st_ino != own:
                 continue
             status = _state(int(entry))
         except OSError:
