@@ -64,7 +64,7 @@ async def test_without_an_answer_it_is_stalled_and_others_are_not(host: StorageH
     for _ in range(20):
         with pytest.raises(PoolUnavailable, match="pool nas is stalled: no answer to stat") as refused:
             await host.pool(nas, "volumes", 30)
-    assert time.monotonic() - begin < 20, "nobody waits for it, each for a deadline of its own"
+    assert time.monotonic() - begin < 1, "nobody waits for it, each for a deadline of its own"
     assert "recovers by itself" in refused.value.hint
     assert await host.pool(local, "stat", 20)
 
