@@ -102,12 +102,19 @@ class Api:
 
     def ended(self, job: int, seconds: float = 300.0) -> dict[str, Any]:
         """The job when it is done. Errors: Refused when it ended otherwise."""
+        found = self.over(job, seconds)
+        if found["state"] == "done":
+            return found
+        raise Refused(f"job {job}: {found['state']} {found['error']} {found['reason']}")
+
+    def over(self, job: int, seconds: float = 300.0) -> dict[str, Any]:
+        """The job when it is done or undone. Errors: Refused when a person must look at it, and when it does not end."""
         end = time.monotonic() + seconds
         while True:
             found: dict[str, Any] = self.get(f"/v1/jobs/{job}?wait=20")
-            if found["state"] == "done":
+            if found["state"] in ("done", "undone"):
                 return found
-            if found["state"] in ("undone", "needs-attention") or time.monotonic() > end:
+            if found["state"] == "needs-attention" or time.monotonic() > end:
                 raise Refused(f"job {job}: {found['state']} {found['error']} {found['reason']}")
 
     def do(self, method: str, path: str, **body: Any) -> dict[str, Any]:

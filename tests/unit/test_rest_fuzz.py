@@ -153,7 +153,7 @@ class Fuzz:
         target, body = RIGHT[label]
         if "{elsewhere}" in body.values():
             here = self.served.json("GET", f"/v1/instances/{target}").get("node")
-            body = body | {"node": next(name for name in self.known["nodes"] if name.startswith("node") and name != here)}
+            body = body | {"node": next(name for name in ("node1", "node2") if name != here)}
         return target, dict(body)
 
     def ask_right(self, label: str) -> None:
