@@ -39,3 +39,28 @@ def test_daily_story() -> None:
         await box.close()
 
     simulate(story)
+
+
+def test_a_guest_that_takes_long_to_power_off_is_no_trouble() -> None:
+    """An order is repeated each half minute until it has been carried out; what is said meanwhile must not sound like a fault."""
+
+    async def run() -> None:
+        box = await Box.make()
+        await box.add_pool("shared", "sharedfile")
+        await box.do("instance.add", name="web1", disks=[{"size": GIB}], node="node1")
+        (guest,) = box.world.guests.values()
+        guest.spec = guest.spec.model_copy(update={"boot": guest.spec.boot.model_copy(update={"append": "acpi=off"})})
+        number = (await box.submit("instance.stop", "web1", timeout=75.0)).job
+        assert number is not None
+        said: list[str] = []
+        while box.master.engine.job(number).state.active:
+            text = box.master.engine.progress(number).text
+            if text not in said[-1:]:
+                said.append(text)
+            await asyncio.sleep(0.1)
+        assert (await box.end_of(number)).state == "done"
+        assert [text for text in said if "still at work" in text] == ["guest.stop is still at work after 30 s", "guest.stop is still at work after 60 s"]
+        assert not [text for text in said if "again" in text]
+        await box.close()
+
+    simulate(run)

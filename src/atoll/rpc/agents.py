@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from atoll import __version__
-from atoll.model.errors import UNKNOWN_OUTCOME, AtollError, NodeUnavailable, StaleTerm, Unreachable, VersionMismatch
+from atoll.model.errors import UNKNOWN_OUTCOME, AtollError, DeadlineExceeded, NodeUnavailable, StaleTerm, Unreachable, VersionMismatch
 from atoll.model.messages import PROTOCOL, Call, Hello, Progress, compatible
 from atoll.model.objects import DeathProof, Node
 from atoll.rpc.contract import Report, Transport
@@ -130,7 +130,7 @@ class Agents:
                     raise Unreachable(
                         f"node {self.node(node_id).name} gave no answer to {method} within {now - began:.0f} s: {error.message}"
                     ) from error
-                report(Progress(text=f"{error.message}; trying again"))
+                report(Progress(text=_goes_on(error, method, now - began)))
                 await asyncio.sleep(pause)
 
     async def _ask_rivals(self) -> None:
@@ -176,6 +176,13 @@ class Agents:
     async def close(self) -> None:
         """Close the transport."""
         await self._transport.close()
+
+
+def _goes_on(error: AtollError, method: str, seconds: float) -> str:
+    """What is said while an order is repeated. An agent that works on it for longer than one attempt has met no trouble."""
+    if isinstance(error, DeadlineExceeded):
+        return f"{method} is still at work after {seconds:.0f} s"
+    return f"{error.message}; trying again"
 
 
 def refused(error: AtollError) -> bool:
