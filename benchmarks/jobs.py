@@ -88,7 +88,7 @@ def _restart(made: Cluster) -> Iterator[Record]:
         began = time.perf_counter()
         back = _killed(made)
     yield record("master restart to serving, 1000 jobs to resume", back, "s", target=2)
-    # Where all of this took long, an agent has found its pool stalled meanwhile, as it was, and refused what came after: those jobs end undone.
+    # Where all of this took long, an agent has found its pool stalled meanwhile, as it was, and refused the rest: those jobs end undone.
     ends = collections.Counter(made.api.over(job)["state"] for job in jobs)
     print(f"  of {WAITING} jobs: {dict(ends)}", file=sys.stderr)
     yield record("1000 resumed jobs ended after", time.perf_counter() - began, "s")

@@ -59,7 +59,7 @@ def test_a_guest_that_takes_long_to_power_off_is_no_trouble() -> None:
                 said.append(text)
             await asyncio.sleep(0.1)
         assert (await box.end_of(number)).state == "done"
-        assert [text for text in said if "still at work" in text] == ["guest.stop is still at work after 30 s", "guest.stop is still at work after 60 s"]
+        assert [text for text in said if "still at work" in text] == [f"guest.stop is still at work after {n} s" for n in (30, 60)]
         assert not [text for text in said if "again" in text]
         await box.close()
 
