@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import time
+from dataclasses import replace
 
 from benchmarks import records
 
@@ -24,12 +25,12 @@ def main() -> int:
             began = time.monotonic()
             print(f"{name} ...", file=sys.stderr, flush=True)
             for item in importlib.import_module(f"benchmarks.{name}").run():
-                found.append(item)
+                found.append(replace(item, piece=name))
                 print("  " + records.table([item]).splitlines()[1], file=sys.stderr, flush=True)
             print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     finally:
         print(records.table(found))
-    everything = records.merged(records.load(), found) if len(wanted) < len(PIECES) else found
+    everything = records.merged(records.load(), found, PIECES) if len(wanted) < len(PIECES) else found
     records.save(everything)
     records.write_page(everything)
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,7 +15,10 @@ GANETI = "Ganeti 3.0.2"
 
 @dataclass(frozen=True)
 class Record:
-    """One figure. ``ratio`` is value : peer's value. A target is a most, but a least for rates (``.../s``). ``met`` None: no target."""
+    """One figure. ``ratio`` is value : peer's value. A target is a most, but a least for rates (``.../s``). ``met`` None: no target.
+
+    ``piece``: which one measured it.
+    """
 
     name: str
     value: float
@@ -25,6 +28,7 @@ class Record:
     ratio: float | None = None
     target: float | None = None
     met: bool | None = None
+    piece: str = ""
 
 
 def record(name: str, value: float, unit: str, *, peer: str | None = None, peer_value: float | None = None, target: float | None = None,
@@ -52,11 +56,15 @@ def load(path: Path = LATEST) -> list[Record]:
     return [Record(**item) for item in json.loads(path.read_text())] if path.exists() else []
 
 
-def merged(old: Iterable[Record], new: Iterable[Record]) -> list[Record]:
-    """The old records with the new ones in their places; records with new names come last."""
-    found = {item.name: item for item in old}
-    found.update({item.name: item for item in new})
-    return list(found.values())
+def merged(old: Iterable[Record], new: Iterable[Record], pieces: Collection[str]) -> list[Record]:
+    """The old records with the new ones in their places; records with new names come last.
+
+    Old ones go that nobody measures any more: their piece is none of ``pieces``, or it has measured now and did not give that name.
+    """
+    fresh = {item.name: item for item in new}
+    measured = {item.piece for item in fresh.values()}
+    found = {item.name: item for item in old if item.name in fresh or (item.piece in pieces and item.piece not in measured)}
+    return list({**found, **fresh}.values())
 
 
 def save(records: Iterable[Record], path: Path = LATEST) -> None:

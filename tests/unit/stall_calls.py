@@ -9,7 +9,7 @@ from typing import Any
 def pool(ref: dict[str, Any], method: str, args: dict[str, Any]) -> Any:
     place = Path(ref["options"]["path"])
     (place / "asked").open("a").write(f"{method}\n")
-    while (place / "hangs").exists() or (method == "create" and not (place / "made").exists()):
+    while (place / "hangs").exists() or (method in ("create", "probe_writers") and not (place / "made").exists()):
         time.sleep(0.02)
     return os.getpid()
 

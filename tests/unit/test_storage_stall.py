@@ -109,6 +109,35 @@ async def test_a_call_that_writes_for_long_is_no_stall(host: StorageHost, tmp_pa
     assert len(await asyncio.gather(*making[1:])) == 3
 
 
+async def test_a_place_in_the_queue_is_no_stall(host: StorageHost, tmp_path: Path) -> None:
+    """What waits for a free process has not been asked: a thousand calls at once say nothing of the storage."""
+    nas = ref(tmp_path / "nas")
+    # The one process for these calls is taken, by one that may take its time.
+    first = asyncio.ensure_future(host.pool(nas, "probe_writers", 3600))
+    await until(lambda: (tmp_path / "nas" / "asked").exists())
+    waiting = [asyncio.ensure_future(host.pool(nas, "probe_writers", 50)) for _ in range(5)]
+    await asyncio.sleep(1)
+    assert host.stalled() == {}
+    (tmp_path / "nas" / "made").touch()
+    assert len(await asyncio.gather(first, *waiting)) == 6
+    assert "space" not in (tmp_path / "nas" / "asked").read_text(), "nobody had to ask whether it answers again"
+
+
+async def test_what_was_begun_behind_others_stalls_all_the_same(host: StorageHost, tmp_path: Path) -> None:
+    nas = ref(tmp_path / "nas")
+    first = asyncio.ensure_future(host.pool(nas, "probe_writers", 3600))
+    await until(lambda: (tmp_path / "nas" / "asked").exists())
+    behind = asyncio.ensure_future(host.pool(nas, "probe_writers", 50))
+    await asyncio.sleep(0)  # it is in the queue
+    (tmp_path / "nas" / "hangs").touch()
+    first.cancel()
+    await until(lambda: host.stalled() == {"pool-nas": "no answer to probe_writers"})
+    (tmp_path / "nas" / "made").touch()
+    (tmp_path / "nas" / "hangs").unlink()
+    assert await behind
+    await until(lambda: not host.stalled())
+
+
 async def test_a_connector_alone_stalls_and_comes_back(host: StorageHost, tmp_path: Path) -> None:
     nas = ref(tmp_path / "nas")
     (tmp_path / "nas" / "hangs").touch()

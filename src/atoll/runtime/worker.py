@@ -192,9 +192,10 @@ class Worker:
         self._reason, self._since = "", 0.0
         self._closed, self._looked = False, not key
 
-    async def call(self, function: str, deadline: float, **args: Any) -> Any:
+    async def call(self, function: str, deadline: float, *, begun: Callable[[], None] | None = None, **args: Any) -> Any:
         """The function's result, within ``deadline`` seconds; waiting for a free child counts.
 
+        ``begun`` is called when a child is about to be asked: until then the call waits for others of its kind, not for an answer.
         Errors: its own; DeadlineExceeded or Unreachable = outcome not known; PoolUnavailable = stalled; HostError.
         """
         if self._closed:
@@ -212,7 +213,7 @@ class Worker:
                     await self._acquire()
             except TimeoutError:
                 raise DeadlineExceeded(f"{self.name}: {what} was not begun, other calls took more than {deadline:g} s") from None
-            return await self._carry_out(function, what, args, deadline, end)
+            return await self._carry_out(function, what, args, deadline, end, begun)
 
     async def _acquire(self) -> None:
         await self._own.acquire()
@@ -228,13 +229,17 @@ class Worker:
         if self._beside is not None:
             self._beside._own.release()
 
-    async def _carry_out(self, function: str, what: str, args: dict[str, Any], deadline: float, end: float) -> Any:
+    async def _carry_out(
+        self, function: str, what: str, args: dict[str, Any], deadline: float, end: float, begun: Callable[[], None] | None
+    ) -> Any:
         try:
             child = self._idle() or await _Child.start(self._module, self._environment, self._key)
         except BaseException:
             self._release()
             raise
         self._busy.add(child)
+        if begun is not None:
+            begun()
         healthy = False
         try:
             async with asyncio.timeout_at(end):

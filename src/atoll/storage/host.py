@@ -46,11 +46,17 @@ class _Pool:
             return await self.watch.call(function, deadline, method=what, **args)
         if why := self.stalled():
             raise PoolUnavailable(f"pool {self.name} is stalled: {why[0]}", hint=STALLED_HINT)
-        # A call that may write for an hour says nothing of the storage by taking long.
         loop = asyncio.get_running_loop()
-        timer = loop.call_later(SILENT, self._silent, loop.time(), what) if deadline <= LONG else None
+        timer: asyncio.TimerHandle | None = None
+
+        def begun() -> None:
+            # From here on the storage is asked; a place in a long queue says nothing of it. Nor does a call that may write for an hour.
+            nonlocal timer
+            if deadline <= LONG:
+                timer = loop.call_later(SILENT, self._silent, loop.time(), what)
+
         try:
-            result = await (self.sticky if what in _STICKY else self.worker).call(function, deadline, method=what, **args)
+            result = await (self.sticky if what in _STICKY else self.worker).call(function, deadline, begun=begun, method=what, **args)
         except UNKNOWN_OUTCOME:
             raise
         except AtollError:
