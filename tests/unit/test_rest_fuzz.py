@@ -136,9 +136,9 @@ class Fuzz:
         self._wait()
         self.look()
 
-    def _wait(self) -> None:
-        """Until no job is at work, but for those that did not end before within 20 s: they may wait for minutes, as they were asked to."""
-        ends = time.monotonic() + 20.0
+    def _wait(self, seconds: float = 5.0) -> None:
+        """Until no job is at work, but for those that did not end when waited for: they may take minutes, as they were asked to."""
+        ends = time.monotonic() + seconds
         for job in self.served.json("GET", "/v1/jobs")["items"]:
             while job.get("state") in ("queued", "running", "undoing") and job["id"] not in self.slow:
                 if time.monotonic() > ends:
@@ -166,10 +166,10 @@ class Fuzz:
         for right in (right for right in RIGHT if right.partition("?")[0] == label):
             for name in ("web1", "web2", "web3"):
                 self.served.json("DELETE", f"/v1/instances/{name}", {"timeout": 1})
-            self._wait()
+            self._wait(20.0)
             for row in self.served.json("GET", "/v1/volumes")["items"]:
                 self.served.json("DELETE", f"/v1/volumes/{row['name']}")
-            self._wait()
+            self._wait(20.0)
             self.restore()
             target, body = self.right(right)
             method, path = right.split(" ")
