@@ -265,6 +265,17 @@ async def test_locks_of_a_job_are_shown_by_name() -> None:
     assert found["locks"] == {"shared": ["node:node1", "pool:gone"], "exclusive": ["instance:web1"]}
 
 
+async def test_a_job_is_shown_without_a_look_at_all_volumes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every request that waits for its job is answered with it: that must not take longer in a larger cluster."""
+    leader = await fake_leader()
+    read: list[type[Stored]] = []
+    everything = leader.state.store.all
+    monkeypatch.setattr(leader.state.store, "all", lambda kind: read.append(kind) or everything(kind))
+    await put(leader, running_job())
+    assert (await row(leader, "job", "7"))["locks"]["exclusive"] == ["instance:web1"]
+    assert not {Volume, Instance} & set(read)
+
+
 async def test_ten_thousand_instances_take_a_few_seconds_at_most() -> None:
     objects = [item for item in cluster_objects() if isinstance(item, (Cluster, Node, Pool)) or item is GROUP]
     for number in range(1, 10_001):

@@ -171,7 +171,8 @@ class FakeHypervisor:
     def _pid(self, guest: str) -> int:
         """The process of a guest, 0 if there is none. A pid alone is not believed: pids come round again."""
         try:
-            pid, began = (self._dir(guest) / "pid").read_text().split()
+            with open(f"{self.run_dir}/{guest}/pid") as file:
+                pid, began = file.read().split()
         except (OSError, ValueError):
             return 0
         return int(pid) if fakeguest.start_time(int(pid)) == began else 0

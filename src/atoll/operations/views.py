@@ -6,7 +6,7 @@ are made with one pass over each kind: see ``Index``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from atoll.model.errors import HostError, NotFound
@@ -298,6 +298,17 @@ def storage(item: StorageCluster, index: Index) -> Row:
 # --- jobs ---
 
 
+#: What a lock may be on that has a name.
+_LOCKED: dict[str, type[Node | Group | Pool | Volume | Snapshot | Instance]] = {
+    "node": Node,
+    "group": Group,
+    "pool": Pool,
+    "volume": Volume,
+    "snapshot": Snapshot,
+    "instance": Instance,
+}
+
+
 def job(item: Job, index: Index, progress: Progress | None = None, steps: Iterable[Step] | None = None) -> Row:
     """A job. ``progress`` and ``steps`` only where one job is shown."""
     row: Row = {
@@ -331,18 +342,10 @@ def job(item: Job, index: Index, progress: Progress | None = None, steps: Iterab
 
 
 def _resource(resource: str, index: Index) -> str:
-    """A lock with the object's name in place of its id, where it still exists."""
+    """A lock with the object's name in place of its id, where it still exists. Only it is read: there may be many thousands of its kind."""
     noun, _, identity = resource.partition(":")
-    tables: dict[str, Callable[[], Mapping[str, Any]]] = {
-        "node": lambda: index.nodes,
-        "group": lambda: index.groups,
-        "pool": lambda: index.pools,
-        "volume": lambda: index.volumes,
-        "snapshot": lambda: {item.id: item for item in index.state.store.all(Snapshot)},
-        "instance": lambda: index.instances,
-    }
-    table = tables[noun]() if noun in tables else {}
-    return f"{noun}:{table[identity].name}" if identity in table else resource
+    found = index.state.store.get(_LOCKED[noun], identity) if noun in _LOCKED and identity else None
+    return f"{noun}:{found.name}" if found else resource
 
 
 def _step(step: Step, index: Index) -> Row:

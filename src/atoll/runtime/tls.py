@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import ssl
 from collections.abc import Callable
 from pathlib import Path
@@ -64,11 +65,11 @@ class FreshContext(ssl.SSLContext):
 
 def _stamp(tls_dir: Path) -> _Stamp:
     """What changes when one of the files does."""
-    place = current(tls_dir)
+    place = str(current(tls_dir))
     found: list[object] = [place]
     for name in FILES:
         try:
-            status = (place / name).stat()
+            status = os.stat(f"{place}/{name}")
         except OSError:
             found.append(None)
         else:
