@@ -57,6 +57,16 @@ GOOD: dict[str, list[Any]] = {
 #: Requests that are right in the cluster as it is restored: target and body. Each is asked as it is, and then again and again with some of
 #: its fields as schemathesis made them up.
 RIGHT: dict[str, tuple[str, dict[str, Any]]] = {
+    "POST /v1/instances": ("", {"name": "web5", "template": "shared", "disks": [{"size": GIB}], "memory": 128 * MIB}),
+    "POST /v1/instances/{target}/start": ("web3", {}),
+    "POST /v1/instances/{target}/stop": ("web1", {"timeout": 1}),
+    "POST /v1/instances/{target}/reboot": ("web1", {"type": "hard"}),
+    "POST /v1/instances/{target}/modify": ("web3", {"vcpus": 2}),
+    "POST /v1/instances/{target}/activate-disks": ("web3", {}),
+    "POST /v1/volumes": ("", {"name": "data4", "pool": "shared", "size": GIB}),
+    "DELETE /v1/volumes/{target}": ("data1", {}),
+    "DELETE /v1/snapshots/{target}": ("then", {}),
+    "DELETE /v1/instances/{target}": ("web3", {"timeout": 1}),
     "POST /v1/instances/{target}/add-disk": ("web1", {"disk": {"size": GIB}, "template": "shared"}),
     "POST /v1/instances/{target}/attach-disk": ("web1", {"volume": "data1"}),
     "POST /v1/instances/{target}/detach-disk": ("web3", {"index": 1}),
@@ -164,6 +174,9 @@ class Fuzz:
     def ask_right(self, label: str) -> None:
         """One that is right as it stands, in a cluster without what requests before it have made of it."""
         for right in (right for right in RIGHT if right.partition("?")[0] == label):
+            for name in ("web1", "web2", "web3"):
+                self.served.json("POST", f"/v1/instances/{name}/deactivate-disks", {})
+            self._wait(20.0)
             for name in ("web1", "web2", "web3"):
                 self.served.json("DELETE", f"/v1/instances/{name}", {"timeout": 1})
             self._wait(20.0)
