@@ -184,6 +184,7 @@ class GuestOrders:
         if found is None:
             raise NotFound(f"volume {args['volume']} is not attached to {args['instance']} here")
         pool, connection = found
+        connection = connection.model_copy(update={"size": max(args["size"], connection.size)})
         await self._storage.connector(pool, connection.driver, "resized", QUICK, connection=connection.model_dump(mode="json"))
         await self._hypervisor.resize(args["instance"], args["volume"], args["size"])
 

@@ -162,12 +162,13 @@ class Connection(Wire):
 class Attached(Wire):
     """A volume made usable on a node: a path (block device or file), and/or QEMU's protocol-level blockdev options
     (a dict without node-name, such as ``{"driver": "file", "filename": ...}``). ``secrets``: names that those options refer to, and the
-    files (in memory, the guests' user's) that hold the secrets in base64."""
+    files (in memory, the guests' user's) that hold the secrets in base64. ``way``: how a block device was made of it, if there are several."""
 
     volume: str
     path: str | None = None
     blockdev: dict[str, Any] | None = None
     secrets: dict[str, str] = Field(default_factory=dict)
+    way: str = ""
 
 
 # --- guests ---

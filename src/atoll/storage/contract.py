@@ -211,7 +211,7 @@ class Connector(Protocol):
         """Undo that; not attached is success."""
 
     def resized(self, connection: Connection) -> int:
-        """The size seen here after a grow, in bytes."""
+        """After a grow (``connection.size`` is the new size): let what is attached here be as large; the size seen here, in bytes."""
 
     def attached(self) -> list[str]:
         """Volume ids that are attached here by this driver, as the node itself tells it."""

@@ -101,9 +101,7 @@ def router(leader: Leader) -> APIRouter:
         return answer({"items": await leader.os_definitions()})
 
     @routes.get("/v1/groups/{target}/storage-plan", tags=["storage"], summary="What storage.init would make of the group, in words")
-    async def plan(
-        request: Request, target: str, type: Annotated[str, Query(description="the kind of storage cluster")] = ""
-    ) -> Response:
+    async def plan(request: Request, target: str, type: Annotated[str, Query(description="the kind of storage cluster")] = "") -> Response:
         auth.require(request, leader, "reader")
         return answer(preview(leader.state, target, type).model_dump(mode="json"))
 

@@ -5,9 +5,9 @@ from atoll.storage.rbd.options import OPTIONS
 
 INFO = DriverInfo(
     name="rbd",
-    description="images in a Ceph cluster, which QEMU opens by itself: nothing is mapped or mounted on the node",
+    description="images in a Ceph cluster, which QEMU opens by itself (nothing is mapped or mounted on the node), or as block devices",
     mirroring=Mirroring.EXTERNAL,
-    access=frozenset({"userspace"}),
+    access=frozenset({"userspace", "kernelspace"}),
     space="shared",
     adoption="may",
     rename="offline",

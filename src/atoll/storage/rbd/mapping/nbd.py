@@ -19,13 +19,14 @@ class Way:
         """See ``way.Way``. Errors: NotSupported."""
         raise NotSupported(f"{image.spec} cannot be mapped with {self.name}: this version of Atoll does not use it")
 
-    def unmap(self, image: Image) -> None:
+    def unmap(self, image: Image) -> str:
         """See ``way.Way``. Nothing is mapped."""
+        return ""
 
     def device(self, image: Image) -> str:
         """See ``way.Way``. Nothing is mapped."""
         return ""
 
-    def resize(self, image: Image) -> int:
+    def resize(self, image: Image, size: int) -> int:
         """See ``way.Way``. Errors: NotSupported."""
         raise NotSupported(f"{image.spec} is not mapped with {self.name}")

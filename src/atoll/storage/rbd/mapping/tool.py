@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 from collections.abc import Sequence
 
@@ -11,36 +12,37 @@ from atoll.storage.rbd.mapping import records
 _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 
 
-class Failed(HostError):
-    """A program that did not succeed. ``status`` is its exit status, ``words`` what it said."""
+def run(argv: Sequence[str], seconds: float = 20.0, *, lends_locks: bool = True) -> str:
+    """Run it to its end; its standard output. The locks that are held go with it, but not to a program that leaves a daemon.
 
-    status = 0
-    words = ""
-
-
-def run(argv: Sequence[str], seconds: float = 20.0) -> str:
-    """Run it to its end; its standard output. The locks that are held go with it. Errors: Failed (with its last words), DeadlineExceeded
-    (it was killed), HostError (there is no such program)."""
+    Errors: HostError (there is no such program; or it failed: ``details`` has its ``exit_status`` and last ``words``), DeadlineExceeded (it was
+    killed).
+    """
     try:
-        done = subprocess.run(
+        process = subprocess.Popen(
             list(argv),
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            timeout=seconds,
             env=_ENVIRONMENT,
             cwd="/",
-            pass_fds=records.held(),
-            check=False,
+            umask=0o077,
+            pass_fds=records.held() if lends_locks else (),
         )
     except FileNotFoundError:
         raise HostError(f"there is no program {argv[0]} on this node", hint="atoll doctor") from None
+    try:
+        out, said = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
+        process.kill()
+        # One that hangs in the kernel is left to itself; it keeps the lock.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=1.0)
         raise DeadlineExceeded(f"{argv[0]} did not end in {seconds:.0f} s", hint="ceph -s; dmesg | tail") from None
-    if done.returncode:
-        words = " / ".join(line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip())[-600:]
-        failed = Failed(f"{argv[0]} failed: {words or f'exit status {done.returncode}'}")
-        failed.status, failed.words = done.returncode, words
-        raise failed
-    return done.stdout
+    if process.returncode:
+        words = " / ".join(line.strip() for line in (said or out).splitlines() if line.strip())[-600:]
+        message = f"{argv[0]} failed: {words or f'exit status {process.returncode}'}"
+        raise HostError(message, hint="ceph -s; dmesg | tail", exit_status=process.returncode, words=words)
+    return out

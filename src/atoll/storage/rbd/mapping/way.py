@@ -54,13 +54,18 @@ class Way(Protocol):
         left then), NotFound, PoolUnavailable, Conflict (mapped with the other mode), HostError, DeadlineExceeded.
         """
 
-    def unmap(self, image: Image) -> None:
+    def unmap(self, image: Image) -> str:
         """End it, when everything written through the device is in Ceph; not mapped, or mapped half, is success. Afterwards no device, no
-        process and no watch on the image is left here. It works also when the image or the cluster is gone, and after the client was shut
-        out. Errors: DiskInUse (somebody has the device open: say how he is found), HostError, DeadlineExceeded."""
+        process and no watch on the image is left here. It works also after the client was shut out, and when the image is gone: then it
+        ends all the same, and why what was written last may be lost is what this gives; empty: nothing is.
+
+        Errors: DiskInUse (somebody has the device open: say how he is found), HostError, DeadlineExceeded (Ceph does not answer: it is
+        mapped still).
+        """
 
     def device(self, image: Image) -> str:
         """The path of the device that this image has here now, as the node itself tells; empty: none."""
 
-    def resize(self, image: Image) -> int:
-        """The image has grown: let the device be as large, while it is in use; its size in bytes then. Errors: HostError."""
+    def resize(self, image: Image, size: int) -> int:
+        """The image has grown to ``size`` bytes: let the device be as large, while it is in use; its size in bytes, which is at least that
+        when this returns. Errors: HostError (not mapped, too), DeadlineExceeded."""
