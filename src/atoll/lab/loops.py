@@ -66,7 +66,8 @@ def unmap(lab: str, *nodes: str) -> None:
     machines = {machine_id(lab, node) for node in nodes}
     for machine, volume in mappings.everybodys():
         if machine in machines:
-            mappings.detach(volume, machine=machine)
+            # What was not written out yet is lost, as with a kernel; and whoever took the writes may be dead.
+            mappings.detach(volume, machine=machine, flush=False)
 
 
 def idle(device: str) -> bool:

@@ -162,7 +162,7 @@ class Connection(Wire):
 class Attached(Wire):
     """A volume made usable on a node: a path (block device or file), and/or QEMU's protocol-level blockdev options
     (a dict without node-name, such as ``{"driver": "file", "filename": ...}``). ``secrets``: names that those options refer to, and the
-    files (in memory, the guests' user's) that hold the secrets in base64. ``way``: how a block device was made of it, if there are several."""
+    files (in memory, the guests' user's) that hold the secrets in base64. ``way``: how a block device was made of it."""
 
     volume: str
     path: str | None = None

@@ -1,5 +1,5 @@
-"""The node half. In user space QEMU opens the image by itself, and on the node there is nothing but a key in a file, while it is attached. In
-kernel space, and for people and OS scripts, the image becomes a block device of the node."""
+"""The node half. In user space QEMU opens the image by itself, and on the node there is nothing but a key in a file, while it is attached.
+In kernel space, and for people and OS scripts, the image becomes a block device of the node."""
 
 from __future__ import annotations
 

@@ -54,6 +54,8 @@ def detach(volume: str) -> str:
         if record is None:
             return ""
         (_DEVICES / volume).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            _DEVICES.rmdir()
         lost = choice.named(record.way).unmap(record.image)
         records.drop(volume)
         return lost

@@ -15,8 +15,8 @@ _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin
 def run(argv: Sequence[str], seconds: float = 20.0, *, lends_locks: bool = True) -> str:
     """Run it to its end; its standard output. The locks that are held go with it, but not to a program that leaves a daemon.
 
-    Errors: HostError (there is no such program; or it failed: ``details`` has its ``exit_status`` and last ``words``), DeadlineExceeded (it was
-    killed).
+    Errors: HostError (there is no such program; or it failed: ``details`` has its ``exit_status`` and last ``words``), DeadlineExceeded (it
+    was killed).
     """
     try:
         process = subprocess.Popen(

@@ -2,7 +2,7 @@
 
 A way is a plain synchronous class in a module of its own, made without arguments; it keeps nothing in memory. Which images are mapped here,
 and by which way, is in ``records.py``, written before a way is asked to map: what an agent that was killed had begun is found there.
-Its caller holds the volume's lock (``records.locked``) around every ``map``, ``unmap`` and ``resize``, and programs are run by ``tool.run``:
+Its caller holds the volume's lock (``records.locked``) around every ``map``, ``unmap`` and ``resize``. Programs are run by ``tool.run``:
 one that outlives a killed worker keeps the lock, so that nobody unmaps before it has ended.
 """
 
@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Image(BaseModel):
-    """What shall be mapped, and as whom. It holds no key: ``key_file`` is the path of a file (root's or the guests' user's, in memory, there
-    as long as the volume is attached) with nothing in it but the key of ``client.USER`` in base64, as ``rbd --keyfile`` and QEMU's
+    """What shall be mapped, and as whom. It holds no key: ``key_file`` is the path of a file (the guests' user's, in memory, there as
+    long as the volume is attached) with nothing in it but the key of ``client.USER`` in base64, as ``rbd --keyfile`` and QEMU's
     ``secret,format=base64`` take it."""
 
     model_config = ConfigDict(frozen=True)
