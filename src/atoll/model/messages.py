@@ -217,6 +217,9 @@ class GuestStatus(Wire):
     vcpus: int = 0
     #: Why its storage stopped it: volume -> ``full`` (no space was left for a write) or ``failed`` (any other error).
     disk_errors: dict[str, str] = Field(default_factory=dict)
+    #: Volume -> how it is attached (``userspace``, ``kernelspace``), and where that is by a device, how that was made.
+    access: dict[str, str] = Field(default_factory=dict)
+    ways: dict[str, str] = Field(default_factory=dict)
 
 
 class Endpoint(Wire):

@@ -10,6 +10,7 @@ from atoll.jobs.steps import Changes, Undo, undo_function
 from atoll.model.errors import DiskInUse, InUse, NodeUnavailable, NotFound, WrongState
 from atoll.model.messages import GuestDisk, GuestSpec
 from atoll.model.objects import Claim, Instance, Node, Pool, Volume, VolumeState
+from atoll.operations.parameters import access_of
 from atoll.operations.state import State
 from atoll.storage.contract import Mirroring
 
@@ -17,11 +18,6 @@ from atoll.storage.contract import Mirroring
 WANTED = ("desired", "stopped_by", "home")
 #: Seconds that a start waits for a dead client's locks to end with their lease.
 PATIENCE = 20.0
-
-
-def access_of(state: State, pool: Pool) -> str:
-    """How guests reach volumes of the pool: ``userspace`` where the driver can."""
-    return "userspace" if "userspace" in state.driver(pool).access else "kernelspace"
 
 
 def guest_spec(state: State, instance: Instance, generation: int) -> dict[str, Any]:
@@ -49,7 +45,13 @@ def connect_plan(state: State, instance: Instance, node: str, fence: str = "") -
         owner = node if volume.node and node in (volume.node, volume.secondary) else volume.node
         worker = state.pool_node(pool, prefer=node, owner=owner)
         ref = state.ref(pool, worker).model_dump(mode="json")
-        disk = {"ref": ref, "volume": volume.id, "logical_id": volume.logical_id, "size": volume.size, "access": access_of(state, pool)}
+        disk = {
+            "ref": ref,
+            "volume": volume.id,
+            "logical_id": volume.logical_id,
+            "size": volume.size,
+            "access": access_of(state, pool, node),
+        }
         found.setdefault(worker.id, []).append({**disk, **connecting(state, pool, node, fence)})
     return sorted(found.items())
 

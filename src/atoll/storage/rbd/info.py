@@ -1,7 +1,7 @@
 """What the driver can: data only."""
 
 from atoll.storage.contract import DriverInfo, Mirroring
-from atoll.storage.rbd.options import OPTIONS
+from atoll.storage.rbd.options import OPTIONS, PARAMETERS
 
 INFO = DriverInfo(
     name="rbd",
@@ -18,4 +18,6 @@ INFO = DriverInfo(
     fencing=True,
     health=True,
     options=OPTIONS,
+    parameters=PARAMETERS,
+    data_roles=frozenset({"osd"}),
 )
