@@ -341,13 +341,12 @@ def test_a_lock_is_of_the_file_that_has_the_name(place: Place) -> None:
     with records.locked(place.volume):
         stale = os.open(records.directory() / f"{place.volume}.lock", os.O_RDWR)
         records.drop(place.volume)
-    with records.locked(place.volume), pytest.raises(BlockingIOError):
+    with records.locked(place.volume):
         fresh = os.open(records.directory() / f"{place.volume}.lock", os.O_RDWR)
-        try:
-            fcntl.flock(stale, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(stale, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with pytest.raises(BlockingIOError):
             fcntl.flock(fresh, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        finally:
-            os.close(fresh)
-            os.close(stale)
+        os.close(fresh)
+        os.close(stale)
     with records.locked(place.volume):
         records.drop(place.volume)

@@ -15,6 +15,7 @@ from atoll.hypervisor.contract import Hypervisor
 from atoll.model.errors import AtollError, InUse, NotFound, StaleGeneration, WrongState
 from atoll.model.messages import Connection, Endpoint, GuestDisk, GuestSpec, GuestStatus, Progress
 from atoll.rpc.contract import Report
+from atoll.runtime import faults
 from atoll.storage.contract import StorageAccess
 
 #: Seconds in which a guest that was let go on shows whether its storage takes its writes now.
@@ -82,6 +83,7 @@ class GuestOrders:
             found = by_volume[disk.volume]
             usable = await self._attachments.attach(spec.instance, found["pool"], Connection(**found["connection"]), found["access"])
             attached.append(disk.model_copy(update={"attached": usable}))
+            await faults.point("agent:guest:attached")
         return spec.model_copy(update={"disks": attached})
 
     async def start(self, args: dict[str, Any], report: Report) -> Any:
@@ -161,6 +163,7 @@ class GuestOrders:
         disk = GuestDisk(**args["disk"])
         connection = Connection(**args["connection"])
         attached = await self._attachments.attach(args["instance"], args["pool"], connection, args["access"])
+        await faults.point("agent:guest:attached")
         self._contact.check_again("guest.plug")
         await self._hypervisor.plug(args["instance"], disk.model_copy(update={"attached": attached}))
 
@@ -170,6 +173,7 @@ class GuestOrders:
             return  # as an undo: it writes nothing any more, and its process is cleared away with all its attachments
         if (await self._hypervisor.status(args["instance"])).state != "gone":
             await self._hypervisor.unplug(args["instance"], args["volume"], args["timeout"])
+        await faults.point("agent:guest:unplugged")
         await self._attachments.detach(args["instance"], [args["volume"]])
 
     async def _ended(self, instance: str) -> bool:
