@@ -361,6 +361,7 @@ async def _run_deactivate(job: JobContext, request: dict[str, Any]) -> Any:
     await job.call("release claim", node, "claim.release", {"instance": instance, "generation": generation})
     # Only if it is this node's: another may hold it.
     await free_claim(job, instance, node, generation)
+    await revoke_rights(job, instance, node, suffix=" after deactivation")
     return {"instance": instance}
 
 

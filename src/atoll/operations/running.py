@@ -224,12 +224,15 @@ async def activate_on(job: JobContext, instance: str, node: str, *, suffix: str 
     Errors: InUse, DiskInUse (somebody writes one of them), NotFound, PoolUnavailable.
     """
     generation = await take_by_hand(job, instance, node, suffix=suffix)
-    disks = await connect_disks(job, instance, node, suffix=suffix)
+    disks = await connect_disks(job, instance, node, suffix=suffix, fence="known")
     modes = await job.read(f"modes{suffix}", lambda: {d.volume: d.mode for d in job.state.store.require(Instance, instance).disks})
     disks = [{**disk, "mode": modes[disk["connection"]["volume"]]} for disk in disks]
     undo = Undo("disks.deactivate", {"owner": instance}, node=node, dies=True)
     args = {"owner": instance, "disks": disks, "generation": generation}
-    return generation, await job.call(f"activate{suffix}", node, "disks.activate", args, undo=undo)
+    paths = await job.call(f"activate{suffix}", node, "disks.activate", args, undo=undo)
+    # A mapping writes as a guest does, and is shut out like one.
+    await note_writers(job, instance, node, suffix=suffix)
+    return generation, paths
 
 
 async def start_on(
