@@ -45,12 +45,13 @@ def _parts(name: bytes) -> tuple[str, str] | None:
 
 
 def _status(device: int) -> tuple[tuple[int, int], int, bytes] | None:
-    """What an open loop device is on: (device, inode) of the file, flags and name; None when it is free."""
+    """What an open loop device is on: (device, inode) of the file, flags and name; None when it is free, or when the kernel does not tell:
+    the file is one that a process showed (FUSE), and that has died."""
     data = bytearray(_INFO.size)
     try:
         fcntl.ioctl(device, _GET_STATUS, data)
     except OSError as error:
-        if error.errno == errno.ENXIO:
+        if error.errno in (errno.ENXIO, errno.ENOTCONN):
             return None
         raise
     fields = _INFO.unpack(data)
@@ -93,6 +94,53 @@ def mapped(machine: str | None = None) -> dict[str, int]:
     """Volume -> the number of its loop device, of this node's mappings (or another one's). Errors: HostError."""
     wanted = machine or _machine()
     return {volume: number for (found, volume), number in everybodys().items() if found == wanted}
+
+
+def _sequence(number: int) -> int:
+    """A number that the kernel gives to a disk when it is made, and to no other until it boots again; 0 = there is no such device, or it is
+    free."""
+    place = Path(f"/sys/block/loop{number}")
+    try:
+        return int((place / "diskseq").read_text()) if (place / "loop").is_dir() else 0
+    except (OSError, ValueError):
+        return 0
+
+
+def note(device: str, path: Path) -> None:
+    """Write down which device it is: the kernel does not tell its name any more once the process has died that shows its file (FUSE)."""
+    number = int(device.removeprefix("/dev/loop"))
+    path.write_text(f"{number} {_sequence(number)}")
+
+
+def noted(path: Path) -> int | None:
+    """The number of the device that was noted, if it is that one still."""
+    try:
+        number, known = (int(word) for word in path.read_text().split())
+    except (FileNotFoundError, ValueError):
+        return None
+    return number if known and _sequence(number) == known else None
+
+
+def drop(path: Path, patience: float = PATIENCE) -> None:
+    """End the mapping that was noted; gone is success. Errors: DiskInUse, HostError."""
+    end = time.monotonic() + patience
+    while (number := noted(path)) is not None:
+        _clear(number)
+        if noted(path) is not None and time.monotonic() > end:
+            raise DiskInUse(f"/dev/loop{number} is still in use", hint=f"fuser -vm /dev/loop{number}; then try again")
+        time.sleep(0.02)
+
+
+def _clear(number: int) -> None:
+    try:
+        device = _open(number)
+        try:
+            fcntl.ioctl(device, _CLEAR)
+        finally:
+            os.close(device)
+    except OSError as error:
+        if error.errno not in (errno.ENXIO, errno.EBUSY, errno.ENOENT):
+            raise HostError(f"/dev/loop{number} cannot be detached: {error.strerror}") from None
 
 
 def attach(image: int, volume: str, *, read_only: bool, direct: bool = False) -> str:

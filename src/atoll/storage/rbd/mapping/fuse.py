@@ -47,7 +47,7 @@ class Way:
         """See ``way.Way``."""
         file = _file(image)
         if not (_running(image) and _shown(file)):
-            _clear_away(image)
+            self.unmap(image)
             _start(image)
         flags = (os.O_RDONLY if image.read_only else os.O_RDWR) | os.O_DIRECT | os.O_CLOEXEC
         try:
@@ -56,7 +56,10 @@ class Way:
             raise HostError(f"{file}, which should show {image.spec}, cannot be opened: {error.strerror}") from None
         try:
             # Past the page cache: another node must see what a guest has written when it takes over.
-            return loops.attach(fd, image.volume, read_only=image.read_only, direct=True)
+            device = loops.attach(fd, image.volume, read_only=image.read_only, direct=True)
+            # Once the daemon has died, the kernel does not tell the device's name any more.
+            loops.note(device, _place(image, "loop"))
+            return device
         except Conflict:
             raise Conflict(f"volume {image.volume} is mapped here otherwise", hint="losetup --list") from None
         finally:
@@ -75,12 +78,15 @@ class Way:
             except HostError as error:
                 lost = f"writing out {device}: {error.details.get('words', error.message)}"
             loops.detach(image.volume, flush=False)
+            loops.drop(_place(image, "loop"))
         _clear_away(image)
         return lost
 
     def device(self, image: Image) -> str:
         """See ``way.Way``."""
         number = loops.mapped().get(image.volume)
+        if number is None:
+            number = loops.noted(_place(image, "loop"))
         return "" if number is None else f"/dev/loop{number}"
 
     def resize(self, image: Image, size: int) -> int:
@@ -174,7 +180,7 @@ def _clear_away(image: Image) -> None:
     while _mounted(file):
         if libc.umount2(str(file).encode(), _DETACH):
             raise HostError(f"{file} cannot be unmounted: {os.strerror(ctypes.get_errno())}", hint=f"umount -l {file}")
-    for path in (file, _place(image, "pid")):
+    for path in (file, _place(image, "pid"), _place(image, "loop")):
         path.unlink(missing_ok=True)
 
 
