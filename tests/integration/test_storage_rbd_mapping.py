@@ -19,7 +19,7 @@ from atoll.model.messages import Connection, PoolRef
 from atoll.storage import registry
 from atoll.storage.contract import Connector, FencingPool, VolumeSpec
 from atoll.storage.files import loops
-from atoll.storage.rbd.mapping import choice, fuse, here, records, tool
+from atoll.storage.rbd.mapping import choice, fuse, here, loopback, records, tool
 from atoll.storage.rbd.mapping.way import Image
 from ceph_support import Ceph
 
@@ -221,7 +221,7 @@ def test_two_nodes_have_it_mapped_and_write_one_after_the_other(place: Place, tm
     assert place.content().startswith(b"c" * 4096)
 
 
-def test_a_daemon_that_was_killed_is_cleared_away_and_made_anew(place: Place) -> None:
+def test_a_daemon_that_was_killed_is_cleared_away_and_made_anew(place: Place, tmp_path: Path) -> None:
     path = place.map()
     write(path, b"kept")
     (pid,) = [pid for pid, argv in argvs() if "qemu-storage-daemon" in argv and place.volume in argv]
@@ -232,8 +232,12 @@ def test_a_daemon_that_was_killed_is_cleared_away_and_made_anew(place: Place) ->
         time.sleep(0.05)
     with pytest.raises(OSError, match="error"):
         write(path, b"gone")
+    dead = tmp_path / "dead.loop"
+    dead.write_text((records.directory() / f"{place.volume}.loop").read_text())
+    assert loops.noted(dead) is not None
     with open(place.map(), "rb") as device:
         assert device.read(4) == b"kept"
+    assert loops.noted(dead) is None, "the device of the dead daemon is there still"
     (pid,) = [pid for pid, argv in argvs() if "qemu-storage-daemon" in argv and place.volume in argv]
     os.kill(pid, signal.SIGKILL)
     place.half.detach(place.connection)
@@ -336,6 +340,29 @@ def test_ways_are_asked_in_their_order() -> None:
     assert fuse.Way().available() == ""
 
 
+def test_a_node_that_runs_an_osd_of_the_same_cluster_is_warned_of(place: Place, tmp_path: Path) -> None:
+    attached = place.half.attach(place.connection, "kernelspace")
+    assert "osd.0" in attached.warning
+    assert "same Ceph cluster" in attached.warning
+    assert place.half.attach(place.connection, "userspace").warning == ""
+    place.half.detach(place.connection)
+    # As /proc shows an OSD whose cluster is told, and one of another node on this kernel.
+    conf = tmp_path / "ceph.conf"
+    conf.write_text("[global]\n\tfsid = aaaa\n")
+    proc = tmp_path / "proc"
+    for entry, ident, fsid in (("self", "", ""), ("7", "3", "bbbb"), ("8", "4", "aaaa")):
+        (proc / entry / "ns").mkdir(parents=True)
+        os.symlink("/proc/self/ns/pid", proc / entry / "ns" / "pid")
+        (proc / entry / "comm").write_text("ceph-osd\n")
+        (proc / entry / "cmdline").write_bytes(f"ceph-osd\0-i\0{ident}\0".encode())
+        data = proc / entry / "root/var/lib/ceph/osd" / f"ceph-{ident}"
+        data.mkdir(parents=True)
+        (data / "ceph_fsid").write_text(f"{fsid}\n")
+    assert "runs osd.4 of" in loopback.hazard(str(conf), proc)
+    conf.write_text("[global]\n\tfsid = cccc\n")
+    assert loopback.hazard(str(conf), proc) == ""
+
+
 def test_in_user_space_there_is_nothing_but_a_key(place: Place) -> None:
     attached = place.half.attach(place.connection, "userspace")
     assert (attached.path, attached.way) == (None, "")
@@ -345,17 +372,21 @@ def test_in_user_space_there_is_nothing_but_a_key(place: Place) -> None:
     place.half.detach(place.connection)
 
 
-def test_a_lock_is_of_the_file_that_has_the_name(place: Place) -> None:
-    """Who waited for a lock whose file was removed meanwhile has a lock of nothing."""
+def test_a_lock_is_of_the_file_that_has_the_name(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who opened the file just before it was removed would have a lock of nothing."""
+    path, real, calls = records.directory() / f"{place.volume}.lock", fcntl.flock, []
+
+    def late(handle: int, how: int) -> None:
+        if not calls:
+            path.unlink()
+        calls.append(how)
+        real(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
     with records.locked(place.volume):
-        stale = os.open(records.directory() / f"{place.volume}.lock", os.O_RDWR)
-        records.drop(place.volume)
-    with records.locked(place.volume):
-        fresh = os.open(records.directory() / f"{place.volume}.lock", os.O_RDWR)
-        fcntl.flock(stale, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fresh = os.open(path, os.O_RDWR)
         with pytest.raises(BlockingIOError):
-            fcntl.flock(fresh, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            real(fresh, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.close(fresh)
-        os.close(stale)
-    with records.locked(place.volume):
         records.drop(place.volume)
+    assert len(calls) == 2

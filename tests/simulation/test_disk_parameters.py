@@ -150,3 +150,19 @@ def test_nodes_that_keep_the_data_themselves_are_warned_of() -> None:
         await box.close()
 
     simulate(run)
+
+
+def test_what_a_driver_warns_of_is_told_at_the_start_and_found_by_verify() -> None:
+    async def run() -> None:
+        box = await make()
+        box.disks.risky["node1"] = "this node keeps the data itself"
+        await box.do("cluster.modify", driver_options=KERNEL)
+        await add(box)
+        found = [finding for finding in await box.master.verify() if finding.about == "web1 on node1"]
+        assert [(finding.severity, finding.why) for finding in found] == [("warning", "this node keeps the data itself")]
+        await box.do("instance.migrate", "web1", node="node2")
+        await asyncio.sleep(2)
+        assert [finding for finding in await box.master.verify() if finding.about.startswith("web1")] == []
+        await box.close()
+
+    simulate(run)

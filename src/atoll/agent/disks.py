@@ -57,7 +57,8 @@ class Attachments:
         self._kept.setdefault(owner, {})[connection.volume] = entry
         self._save(owner)
         data = await self._storage.connector(pool, connection.driver, how, QUICK, connection=connection.model_dump(mode="json"), **args)
-        self._kept[owner][connection.volume] = {**entry, "path": data["path"], "way": data.get("way", "")}
+        told = {"path": data["path"], "way": data.get("way", ""), "warning": data.get("warning", "")}
+        self._kept[owner][connection.volume] = {**entry, **told}
         self._save(owner)
         return Attached(**data)
 
@@ -105,7 +106,8 @@ class Attachments:
             return guest
         access = {volume: entry["access"] for volume, entry in kept.items() if entry.get("access")}
         ways = {volume: entry["way"] for volume, entry in kept.items() if entry.get("way")}
-        return guest.model_copy(update={"access": access, "ways": ways})
+        warnings = sorted({entry["warning"] for entry in kept.values() if entry.get("warning")})
+        return guest.model_copy(update={"access": access, "ways": ways, "warnings": warnings})
 
     def _save(self, owner: str) -> None:
         if self._dir is None:

@@ -76,12 +76,14 @@ class GuestOrders:
         if self._attachments.holds(by_hand(instance)):
             raise WrongState("its disks are activated here for an administrator", hint="atoll instance deactivate-disks INSTANCE")
 
-    async def _attach_all(self, spec: GuestSpec, disks: list[dict[str, Any]]) -> GuestSpec:
+    async def _attach_all(self, spec: GuestSpec, disks: list[dict[str, Any]], report: Report) -> GuestSpec:
         by_volume = {d["connection"]["volume"]: d for d in disks}
         attached = []
         for disk in spec.disks:
             found = by_volume[disk.volume]
             usable = await self._attachments.attach(spec.instance, found["pool"], Connection(**found["connection"]), found["access"])
+            if usable.warning:
+                report(Progress(text=f"warning: {usable.warning}"))
             attached.append(disk.model_copy(update={"attached": usable}))
             await faults.point("agent:guest:attached")
         return spec.model_copy(update={"disks": attached})
@@ -93,7 +95,7 @@ class GuestOrders:
             self._check_generation(spec.instance, spec.generation)
             self._check_by_hand(spec.instance)
             try:
-                spec = await self._attach_all(spec, args["disks"])
+                spec = await self._attach_all(spec, args["disks"], report)
                 # Attaching may have taken long: the instance may be somebody else's by now.
                 self._contact.check_again("guest.start")
                 report(Progress(text="starting the guest"))
@@ -110,7 +112,7 @@ class GuestOrders:
         async with self._locks[spec.instance]:
             self._check_generation(spec.instance, spec.generation)
             self._check_by_hand(spec.instance)
-            spec = await self._attach_all(spec, args["disks"])
+            spec = await self._attach_all(spec, args["disks"], report)
             endpoint = await self._hypervisor.incoming(spec, args.get("copy", []), args["peer"], report)
             return endpoint.model_dump(mode="json")
 

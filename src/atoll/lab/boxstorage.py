@@ -53,6 +53,8 @@ class SharedDisks:
         self.mapped: dict[tuple[str, str], str] = {}
         #: Block devices that were made for guests: (node, volume).
         self.devices: set[tuple[str, str]] = set()
+        #: Node (name) -> what the driver says of block devices there.
+        self.risky: dict[str, str] = {}
         #: Node (name) -> the names of its OS definitions, where they are not the usual ones.
         self.definitions: dict[str, set[str]] = {}
         #: OS scripts that run now: (node, instance) -> what.
@@ -267,7 +269,8 @@ class BoxStorage(BoxSnapshots):
             volume = args["connection"]["volume"]
             if args["access"] == "kernelspace":
                 self._disks.devices.add((self._node, volume))
-                return {"volume": volume, "path": f"/dev/box/guests/{volume}", "way": "box"}
+                warning = self._disks.risky.get(self._node, "")
+                return {"volume": volume, "path": f"/dev/box/guests/{volume}", "way": "box", "warning": warning}
             return {"volume": volume, "path": f"/box/{volume}", "blockdev": {"driver": "file", "filename": f"/box/{volume}"}}
         if method == "detach":
             self._detach(args["connection"]["volume"])

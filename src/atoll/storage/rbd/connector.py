@@ -8,7 +8,7 @@ from typing import Any, Literal
 from atoll.model.errors import HostError
 from atoll.model.messages import Attached, Connection
 from atoll.storage.rbd import keyring
-from atoll.storage.rbd.mapping import here
+from atoll.storage.rbd.mapping import here, loopback
 from atoll.storage.rbd.mapping.way import Image
 from atoll.storage.rbd.options import RbdOptions
 
@@ -20,7 +20,8 @@ class Connector:
         """See ``Connector``. Errors: PoolUnavailable (no configuration or key here), and those of mapping."""
         if access == "kernelspace":
             device, way = self._mapped(connection, read_only=False)
-            return Attached(volume=connection.volume, path=here.give(connection.volume, device), way=way)
+            node = here.give(connection.volume, device)
+            return Attached(volume=connection.volume, path=node, way=way, warning=loopback.hazard(connection.data["conf"]))
         data = connection.data
         path = keyring.lay_out(connection.volume, self._key(connection))
         secret = f"key-{connection.volume}"
