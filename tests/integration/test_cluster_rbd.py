@@ -17,7 +17,9 @@ from support import MIB, until
 from atoll.lab import network
 from atoll.lab.guest.ring import check_ring
 from atoll.lab.layout import netns_name
+from atoll.lab.loops import machine_id
 from atoll.lab.smallceph import missing
+from atoll.storage.files import loops
 
 pytestmark = [
     pytest.mark.root,
@@ -63,6 +65,10 @@ def test_a_guest_in_user_space_leaves_nothing_on_the_node_but_a_key_in_memory(cl
     node = cluster.node("node2")
     mounts = Path(f"/proc/{node.pid}/mounts").read_text()
     assert "rbd" not in mounts
+    assert "fuse" not in mounts
+    assert loops.mapped(machine_id(cluster.lab.name, "node2")) == {}
+    assert not [line for line in cluster.argv("node2").splitlines() if "storage-daemon" in line or "rbd-nbd" in line]
+    assert not (node.run_dir / "maps").exists()
     assert not [name for name in os.listdir(node.root / "dev") if name.startswith(("rbd", "nbd"))]
     assert not any(key in cluster.argv("node2") for key in keys(cluster))
     volume = row["disks"][0]["volume"]

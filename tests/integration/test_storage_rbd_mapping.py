@@ -42,7 +42,6 @@ class Place:
         pool = registry.pool(ref)
         assert isinstance(pool, FencingPool)
         self.pool = pool
-        self.pool.prepare(create=True)
         self.volume = f"vol-{os.urandom(9).hex()[:17]}"
         self.image = pool.create(VolumeSpec(volume=self.volume, name="web", size=8 * MIB))
         self.connection: Connection = pool.connection(self.image, self.volume, 8 * MIB, node="node1")
@@ -89,10 +88,17 @@ def argvs() -> Iterator[tuple[int, str]]:
             continue
 
 
+@pytest.fixture(scope="module")
+def ref(ceph: Ceph) -> PoolRef:
+    made = ceph.namespace_ref(isolation="volume")
+    registry.pool(made).prepare(create=True)
+    return made
+
+
 @pytest.fixture
-def place(ceph: Ceph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+def place(ceph: Ceph, ref: PoolRef, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     monkeypatch.setenv("ATOLL_RUN_DIR", str(tmp_path))
-    made = Place(ceph, ceph.namespace_ref(isolation="volume"))
+    made = Place(ceph, ref)
     yield made
     here.detach(made.volume)
     assert made.traces() == []
@@ -137,6 +143,10 @@ def test_a_read_only_mapping_takes_no_write_and_is_no_other(place: Place) -> Non
     with pytest.raises(Conflict, match="to be read only"):
         place.map()
     place.unmap()
+    place.map()
+    with pytest.raises(Conflict, match="to be written"):
+        place.map(read_only=True)
+    place.unmap()
     assert place.content() == bytes(8 * MIB)
 
 
@@ -148,6 +158,23 @@ def test_it_does_not_end_while_somebody_has_it_open(place: Place, monkeypatch: p
         device.write(b"late")
     place.unmap()
     assert place.content().startswith(b"late")
+
+
+def test_what_was_mapped_under_another_name_is_mapped_anew(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left by a start that failed; the volume was renamed then."""
+    monkeypatch.setattr(loops.detach, "__defaults__", (0.2, None))
+    monkeypatch.setattr(loops.drop, "__defaults__", (0.2,))
+    path = place.attach()
+    with open(path, "r+b") as device:
+        device.write(b"kept")
+        renamed = place.connection.model_copy(update={"data": {**place.connection.data, "image": "other"}})
+        with pytest.raises(DiskInUse):
+            place.half.attach(renamed, "kernelspace")
+    with pytest.raises((NotFound, HostError), match="other"):
+        place.half.attach(renamed, "kernelspace")
+    assert place.attach() == path
+    place.half.detach(place.connection)
+    assert place.content().startswith(b"kept")
 
 
 def test_guests_have_a_device_of_their_own_that_grows_in_use(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

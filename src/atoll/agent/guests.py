@@ -165,6 +165,8 @@ class GuestOrders:
         disk = GuestDisk(**args["disk"])
         connection = Connection(**args["connection"])
         attached = await self._attachments.attach(args["instance"], args["pool"], connection, args["access"])
+        if attached.warning:
+            report(Progress(text=f"warning: {attached.warning}"))
         await faults.point("agent:guest:attached")
         self._contact.check_again("guest.plug")
         await self._hypervisor.plug(args["instance"], disk.model_copy(update={"attached": attached}))

@@ -23,13 +23,14 @@ def attach(image: Image) -> tuple[str, str]:
     """
     with records.locked(image.volume):
         record = records.find(image.volume)
-        if record is not None:
-            if record.image != image:
-                raise Conflict(
-                    f"volume {image.volume} is mapped here already, {'to be read only' if record.image.read_only else 'in another way'}",
-                    hint="atoll instance deactivate-disks INSTANCE",
-                )
+        if record is not None and record.image.read_only != image.read_only:
+            mode = "to be read only" if record.image.read_only else "to be written"
+            raise Conflict(f"volume {image.volume} is mapped here already, {mode}", hint="atoll instance deactivate-disks INSTANCE")
+        if record is not None and record.image == image:
             return choice.named(record.way).map(image), record.way
+        if record is not None:
+            # It has been renamed, or is another user's by now: what is left of the old mapping is of no use.
+            _end(record)
         refused: NotSupported | None = None
         for way in choice.usable():
             # Before anything is done: a killed agent's successor must find it.
@@ -53,12 +54,16 @@ def detach(volume: str) -> str:
         record = records.find(volume)
         if record is None:
             return ""
-        (_DEVICES / volume).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            _DEVICES.rmdir()
-        lost = choice.named(record.way).unmap(record.image)
+        lost = _end(record)
         records.drop(volume)
         return lost
+
+
+def _end(record: records.Record) -> str:
+    (_DEVICES / record.image.volume).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        _DEVICES.rmdir()
+    return choice.named(record.way).unmap(record.image)
 
 
 def resize(volume: str, size: int) -> int | None:
