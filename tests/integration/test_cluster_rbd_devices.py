@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -86,6 +87,26 @@ def access(cluster: RbdCluster, instance: str = "web") -> set[tuple[str, str | N
 
 def other(node: str) -> str:
     return "node1" if node == "node2" else "node2"
+
+
+def watchers(cluster: RbdCluster, index: int) -> list[str]:
+    """The addresses of who has a disk of web's open."""
+    from atoll.storage.rbd.clients import plain
+
+    found = json.loads(cluster.rbd("status", cluster.image_spec("web", index), "--format", "json"))["watchers"]
+    assert found
+    return [plain(watcher["address"]) for watcher in found]
+
+
+def noted(cluster: RbdCluster, index: int) -> list[str]:
+    """The addresses that the pool remembers as those of writers of that disk."""
+    from atoll.storage.rbd.marks import MARK
+
+    ident = json.loads(cluster.rbd("info", cluster.image_spec("web", index), "--format", "json"))["id"]
+    pool, out = cluster.row("pools", "vms")["options"]["pool"], cluster.place / "noted"
+    cluster.ceph.run("rados", "-p", pool, "getomapval", MARK, f"guest/{ident}", str(out))
+    found: list[str] = json.loads(out.read_bytes())
+    return found
 
 
 def on_node2(cluster: RbdCluster, web: str) -> str:
@@ -179,6 +200,7 @@ def test_disks_are_block_devices_for_a_person_in_either_access(cluster: RbdClust
     cluster.do("POST", "/v1/cluster/modify", driver_options=setting)
     paths = cluster.do("POST", "/v1/instances/web/activate-disks", node=node)["result"]["paths"]
     assert sorted(paths) == sorted(volumes(cluster))
+    assert set(watchers(cluster, 1)) <= set(noted(cluster, 1)), "who maps it could not be shut out by name"
     device = cluster.node(node).root / paths[volumes(cluster)[1]].lstrip("/")
     with open(device, "r+b") as file:
         file.write(b"by hand")

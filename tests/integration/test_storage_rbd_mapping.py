@@ -353,6 +353,15 @@ def test_the_first_way_that_can_is_taken_and_one_that_refuses_the_image_is_passe
     assert place.half.map(place.connection, read_only=False).way == "fuse+loop"
     assert asked == ["picky"]
     place.unmap()
+    assert place.traces() == []
+    # Killed after it had been refused, and before the next way.
+    place.map()
+    record = records.find(place.volume)
+    assert record is not None
+    place.unmap()
+    records.keep(records.Record(image=record.image, way="picky"))
+    assert place.half.map(place.connection, read_only=False).way == "fuse+loop"
+    place.unmap()
     monkeypatch.setattr(choice, "ways", lambda: [Never()])
     with pytest.raises(HostError, match="never: no module"):
         place.map()

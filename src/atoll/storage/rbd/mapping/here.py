@@ -27,8 +27,9 @@ def attach(image: Image) -> tuple[str, str]:
             mode = "to be read only" if record.image.read_only else "to be written"
             raise Conflict(f"volume {image.volume} is mapped here already, {mode}", hint="atoll instance deactivate-disks INSTANCE")
         if record is not None and record.image == image:
-            return choice.named(record.way).map(image), record.way
-        if record is not None:
+            with contextlib.suppress(NotSupported):
+                return choice.named(record.way).map(image), record.way
+        elif record is not None:
             # It has been renamed, or is another user's by now: what is left of the old mapping is of no use.
             _end(record)
         refused: NotSupported | None = None
@@ -38,8 +39,8 @@ def attach(image: Image) -> tuple[str, str]:
             try:
                 return way.map(image), way.name
             except NotSupported as error:
-                records.drop(image.volume)
                 refused = error
+        records.drop(image.volume)
         assert refused is not None
         raise refused
 
