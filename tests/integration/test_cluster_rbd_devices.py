@@ -241,13 +241,13 @@ def test_failover_shuts_out_the_devices_of_a_node_that_is_cut_off(cluster: RbdCl
     healing.callback(cluster.wait_alive)
     healing.callback(cluster.node(node).heal)
     cluster.wait_silent(node)
-    cluster.do("POST", "/v1/instances/web/failover", node=target, node_is_dead=True)
-    until(lambda: cluster.qemu(target, web), "it runs elsewhere")
-    assert runstate(cluster, node, web) == "running"
     # Its agent stands still, so that Ceph alone keeps it from writing.
     agent = next(service.pid for service in cluster.node(node).services() if service.name == "agent")
     os.kill(agent, signal.SIGSTOP)
     healing.callback(os.kill, agent, signal.SIGCONT)
+    cluster.do("POST", "/v1/instances/web/failover", node=target, node_is_dead=True)
+    until(lambda: cluster.qemu(target, web), "it runs elsewhere")
+    assert runstate(cluster, node, web) == "running"
     cluster.node(node).heal()
     until(lambda: runstate(cluster, node, web) == "io-error", "it stops with an error")
     os.kill(agent, signal.SIGCONT)
