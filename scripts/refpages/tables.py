@@ -147,6 +147,14 @@ def drivers() -> str:
             takes = ", ".join(f"`{c}`" for c in option.choices) or "text"
             rows.append((f"`{option.name}`", takes, "required" if option.required else f"`{option.default}`", option.description))
         lines += table(("Option", "Values", "Default", "Meaning"), rows)
+        if info.parameters:
+            lines.append(
+                "Disk parameters (`-D DRIVER:KEY=VALUE` of `atoll cluster init`, `cluster modify`, `group add` and `group modify`;"
+            )
+            lines += ["a group's go before the cluster's). They hold for each instance from its next start or migration on:", ""]
+            takes = [", ".join(f"`{c}`" for c in option.choices) or "text" for option in info.parameters]
+            rows = [(f"`{o.name}`", t, f"`{o.default}`", o.description) for o, t in zip(info.parameters, takes, strict=True)]
+            lines += table(("Parameter", "Values", "Default", "Meaning"), rows)
     return page("Storage drivers", *lines)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from atoll.model.errors import Conflict, DiskInUse, NotFound, NotSupported
+from atoll.model.errors import Conflict, DiskInUse, NotFound
 from atoll.model.messages import Connection, PoolRef
 from atoll.monitor import residue
 from atoll.storage import registry
@@ -19,7 +19,7 @@ from atoll.storage.files import loops
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(os.geteuid() != 0, reason="loop devices need root")]
 MIB = 1 << 20
-#: Drivers that can map: those of image files.
+#: Drivers of image files; images in Ceph are mapped in integration/test_storage_rbd_mapping.py.
 FILES = [d.name for d in registry.drivers() if any(option.name == "path" for option in d.options)]
 
 
@@ -101,16 +101,6 @@ def test_what_is_not_there_cannot_be_mapped(place: Place) -> None:
     with pytest.raises(NotFound):
         place.map()
     place.image.touch()
-
-
-@pytest.mark.parametrize("driver", [d.name for d in registry.drivers() if d.name not in FILES])
-def test_who_cannot_map_says_so_and_has_nothing_mapped(driver: str) -> None:
-    half, connection = registry.connector(driver), Connection(driver=driver, volume="vol-1", size=MIB, data={}, secrets={})
-    with pytest.raises(NotSupported) as refused:
-        half.map(connection, read_only=False)
-    assert refused.value.hint
-    half.unmap(connection)
-    assert half.unmap_others([]) == []
 
 
 def test_only_forgotten_mappings_of_this_node_are_residue(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

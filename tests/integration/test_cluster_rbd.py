@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import MIB, Cluster, until
+from rbd_support import RbdCluster, keys, runstate
+from support import MIB, until
 
 from atoll.lab import network
 from atoll.lab.guest.ring import check_ring
 from atoll.lab.layout import netns_name
+from atoll.lab.loops import machine_id
 from atoll.lab.smallceph import missing
-from ceph_support import Ceph
+from atoll.storage.files import loops
 
 pytestmark = [
     pytest.mark.root,
@@ -34,64 +32,6 @@ pytestmark = [
 ]
 #: Cases for ``make faults``.
 LONG = pytest.mark.skipif("ATOLL_FAULT_STEPS" not in os.environ, reason="make faults ONLY=ceph")
-
-
-class RbdCluster(Cluster):
-    """A cluster whose nodes reach a small Ceph at their switch."""
-
-    def __init__(self, name: str, nodes: int) -> None:
-        self.place = Path(tempfile.mkdtemp(prefix="atoll-c-", dir="/tmp"))
-        self.place.chmod(0o755)
-        super().__init__(name, nodes, all_vm=True, binds=[str(self.place)])
-        try:
-            net, switch = self.lab.record.net, netns_name(name, "switch")
-            subprocess.run(["ip", "-n", switch, "addr", "add", f"{net}.2/24", "dev", network.BRIDGE], check=True)
-            self.ceph = Ceph(self.place / "c", f"{net}.2", f"{net}.0/24", netns=f"{network.NETNS_DIR}/{switch}")
-            self.ceph.up()
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        if hasattr(self, "ceph"):
-            self.ceph.down()
-        super().close()
-        shutil.rmtree(self.place, ignore_errors=True)
-
-    def add_pool(self, name: str, **options: str) -> None:
-        """Only node1, which has the role of a storage controller, has the keyring of the user that manages the pool."""
-        made = self.ceph.pool_ref(name, **options)
-        there = self.node("node1").root / "etc" / "atoll" / "manager.keyring"
-        shutil.move(made.options["keyring"], there)
-        made.options["keyring"] = "/etc/atoll/manager.keyring"
-        self.do("POST", "/v1/pools", name=name, driver="rbd", options=made.options)
-
-    def rbd(self, *words: str) -> str:
-        return self.ceph.run("rbd", *words)
-
-    def image_spec(self, instance: str, index: int = 0) -> str:
-        disk = self.row("instances", instance)["disks"][index]
-        volume = self.row("volumes", disk["volume"])
-        return f"{self.row('pools', disk['pool'])['options']['pool']}/{volume['logical_id']}"
-
-    def image_of(self, instance: str, index: int = 0) -> Path:
-        """A copy of what is on the disk now."""
-        path = self.place / f"{instance}-{index}.raw"
-        path.unlink(missing_ok=True)
-        self.rbd("export", "--no-progress", self.image_spec(instance, index), str(path))
-        return path
-
-    def argv(self, node: str) -> str:
-        """Every command line of a node."""
-        found = ""
-        within = os.readlink(f"/proc/{self.node(node).pid}/ns/pid")
-        for entry in filter(str.isdigit, os.listdir("/proc")):
-            try:
-                if os.readlink(f"/proc/{entry}/ns/pid") == within:
-                    found += Path(f"/proc/{entry}/cmdline").read_bytes().decode(errors="replace") + "\n"
-            except OSError:
-                continue
-        return found
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +57,6 @@ def web(cluster: RbdCluster) -> str:
     return cluster.add("web", "node2", disks=2, pool="vms")
 
 
-def keys(cluster: RbdCluster) -> list[str]:
-    """Every key that Ceph knows."""
-    return [row["key"] for row in cluster.ceph.ask("auth", "ls")["auth_dump"]]
-
-
 def test_a_guest_in_user_space_leaves_nothing_on_the_node_but_a_key_in_memory(cluster: RbdCluster, web: str) -> None:
     assert cluster.settled(web) == "node2"
     row = cluster.row("instances", "web")
@@ -130,6 +65,10 @@ def test_a_guest_in_user_space_leaves_nothing_on_the_node_but_a_key_in_memory(cl
     node = cluster.node("node2")
     mounts = Path(f"/proc/{node.pid}/mounts").read_text()
     assert "rbd" not in mounts
+    assert "fuse" not in mounts
+    assert loops.mapped(machine_id(cluster.lab.name, "node2")) == {}
+    assert not [line for line in cluster.argv("node2").splitlines() if "storage-daemon" in line or "rbd-nbd" in line]
+    assert not (node.run_dir / "maps").exists()
     assert not [name for name in os.listdir(node.root / "dev") if name.startswith(("rbd", "nbd"))]
     assert not any(key in cluster.argv("node2") for key in keys(cluster))
     volume = row["disks"][0]["volume"]
@@ -243,22 +182,6 @@ def test_who_else_has_the_image_open_is_told_and_left_alone(cluster: RbdCluster,
     cluster.do("DELETE", "/v1/instances/twice", timeout=0)
 
 
-def runstate(cluster: RbdCluster, node: str, instance: str) -> str:
-    """What the guest's QEMU says, by the socket that is for watchdogs."""
-    with socket.socket(socket.AF_UNIX) as monitor:
-        monitor.settimeout(30)
-        monitor.connect(str(cluster.node(node).run_dir / "guests" / instance / "watchdog"))
-        stream = monitor.makefile("rw")
-        stream.readline()
-        for command in ("qmp_capabilities", "query-status"):
-            stream.write(json.dumps({"execute": command}) + "\n")
-            stream.flush()
-            answer: dict[str, Any] = {}
-            while "return" not in answer:
-                answer = json.loads(stream.readline())
-        return str(answer["return"]["status"])
-
-
 def test_failover_shuts_out_the_guest_of_a_node_that_is_cut_off(cluster: RbdCluster, web: str, healing: ExitStack) -> None:
     """The node is not dead, as was said: its guest goes on and its storage comes back. It must not write one byte more."""
     node = cluster.settled(web)
@@ -267,14 +190,14 @@ def test_failover_shuts_out_the_guest_of_a_node_that_is_cut_off(cluster: RbdClus
     healing.callback(cluster.wait_alive)
     healing.callback(cluster.node(node).heal)
     cluster.wait_silent(node)
-    cluster.do("POST", "/v1/instances/web/failover", node=target, node_is_dead=True)
-    until(lambda: cluster.qemu(target, web), "it runs elsewhere")
-    assert cluster.qemu(node, web), "the cut-off guest still has its process"
-    assert runstate(cluster, node, web) == "running"
     # Its agent stands still, so that Ceph alone keeps it from writing.
     agent = next(service.pid for service in cluster.node(node).services() if service.name == "agent")
     os.kill(agent, signal.SIGSTOP)
     healing.callback(os.kill, agent, signal.SIGCONT)
+    cluster.do("POST", "/v1/instances/web/failover", node=target, node_is_dead=True)
+    until(lambda: cluster.qemu(target, web), "it runs elsewhere")
+    assert cluster.qemu(node, web), "the cut-off guest still has its process"
+    assert runstate(cluster, node, web) == "running"
     cluster.node(node).heal()
     until(lambda: runstate(cluster, node, web) == "io-error", "it stops with an error")
     os.kill(agent, signal.SIGCONT)

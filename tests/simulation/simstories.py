@@ -90,6 +90,39 @@ async def cloning_guest(box: Box) -> None:
     await box.do("instance.add", name="web1", disks=[{"size": GIB, "pool": "ceph", "name": "data"}], memory=GIB, node="node1")
 
 
+async def by_devices(box: Box) -> None:
+    """web1 runs on node1, and its disks are block devices there."""
+    await box.do("cluster.modify", driver_options={"rbd": {"access": "kernelspace"}})
+    await box.do("pool.add", name="ceph", driver="rbd", options={"pool": "box"})
+    disks = [{"size": GIB, "pool": "ceph", "name": "root"}, {"size": GIB, "pool": "ceph", "name": "more"}]
+    await box.do("instance.add", name="web1", disks=disks, memory=GIB, node="node1")
+    box.world.tick(3)
+    assert len(box.disks.devices) == 2
+
+
+async def by_devices_stopped(box: Box) -> None:
+    await by_devices(box)
+    await box.do("instance.stop", "web1", timeout=1.0)
+    assert not box.disks.devices
+
+
+async def by_devices_until_now(box: Box) -> None:
+    """It shall have none any more after it has moved."""
+    await by_devices(box)
+    await box.do("group.modify", "default", driver_options={"rbd": {"access": "userspace"}})
+
+
+async def by_devices_with_volume(box: Box) -> None:
+    await by_devices(box)
+    await box.do("volume.create", name="data", pool="ceph", size=GIB)
+
+
+async def by_devices_dead(box: Box) -> None:
+    await by_devices(box)
+    await box.power_cut("node1")
+    await asyncio.sleep(10)
+
+
 async def with_snapshot(box: Box) -> None:
     await cloning(box)
     await box.do("snapshot.create", volume="data", name="then")
@@ -106,6 +139,13 @@ TAGS = {"add": ["rack=2"]}
 SETTINGS = {"driver_options": {"sharedfile": {"mount": "none"}}}
 STORIES: list[Story] = [
     *GUEST_STORIES,
+    Story("device-start", "instance.start", "web1", {"node": "node2"}, by_devices_stopped),
+    Story("device-stop", "instance.stop", "web1", {"timeout": 1.0}, by_devices),
+    Story("device-migrate", "instance.migrate", "web1", {}, by_devices, ends=MIGRATES),
+    Story("device-migrate-to-none", "instance.migrate", "web1", {}, by_devices_until_now, ends=MIGRATES),
+    Story("device-attach-disk", "instance.attach-disk", "web1", {"volume": "data"}, by_devices_with_volume),
+    Story("device-detach-disk", "instance.detach-disk", "web1", {"index": 1}, by_devices),
+    Story("device-failover-dead", "instance.failover", "web1", {"node_is_dead": True}, by_devices_dead, frees=True),
     Story("instance-tags", "instance.tags", "web1", TAGS, running, records=True),
     Story("powered-off", "instance.powered-off", "web1", {}, powered_off, internal=True, frees=True),
     Story("volume-tags", "volume.tags", "data", TAGS, only_volume, records=True),

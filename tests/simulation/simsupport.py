@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from atoll.lab.box import Box
 from atoll.lab.boxceph import BoxNode
+from atoll.lab.boxstorage import by_device
 from atoll.model.objects import (
     Claim,
     DeathProof,
@@ -375,6 +376,8 @@ def _check_storage(box: Box, marks: bool) -> None:
             holder = box.master.state.claim(owner).holder
             assert holder == box.nodes[node], f"disks of {owner} are mapped on {node}, but its claim is held by {holder}"
     assert set(box.disks.mapped) == by_hand, f"mapped: {box.disks.mapped}, known: {by_hand}"
+    had = {(node, v) for (node, _), guest in box.world.guests.items() for v, disk in guest.disks.items() if by_device(disk)}
+    assert box.disks.devices == had, f"devices: {box.disks.devices}, of guests: {had}"
     assert not [path for _, path in box.disks.exports if path.count(".") > 1], f"unfinished exports: {box.disks.exports}"
     assert not box.disks.served, f"still served for a copy: {box.disks.served}"
 

@@ -10,7 +10,7 @@ from atoll.agent.service import Handler
 from atoll.model.errors import HostError
 from atoll.model.messages import Connection, PoolRef
 from atoll.rpc.contract import Report
-from atoll.storage import copy
+from atoll.storage import copy, registry
 from atoll.storage.contract import StorageAccess
 
 
@@ -36,8 +36,9 @@ class CopyOrders:
             raise HostError(f"there is no image {args['logical_id']} to copy", hint="atoll cluster verify")
         name = {"logical_id": args["logical_id"], "volume": args["volume"]}
         connection = Connection(**await self._storage.pool(ref, "connection", QUICK, **name, size=stat["size"], node=ref.node))
+        access = registry.info(connection.driver).plain_access
         found = await self._storage.connector(
-            ref.id, connection.driver, "attach", QUICK, connection=connection.model_dump(mode="json"), access="userspace"
+            ref.id, connection.driver, "attach", QUICK, connection=connection.model_dump(mode="json"), access=access
         )
         direct = bool(((found.get("blockdev") or {}).get("cache") or {}).get("direct"))
         sparse = stat["allocated"] < stat["size"]

@@ -11,7 +11,7 @@ from typing import Any
 from atoll.agent.memory import Memory
 from atoll.agent.service import Handler
 from atoll.model.errors import AtollError, InvalidInput, PoolUnavailable, StaleGeneration
-from atoll.model.messages import Attached, Connection, PoolRef, Progress
+from atoll.model.messages import Attached, Connection, GuestStatus, PoolRef, Progress
 from atoll.rpc.contract import Report
 from atoll.storage import registry
 from atoll.storage.contract import StorageAccess
@@ -53,11 +53,12 @@ class Attachments:
 
     async def _use(self, owner: str, pool: str, connection: Connection, how: str, **args: Any) -> Attached:
         # Remembered before it is done: whoever comes next must find what this agent had begun.
-        entry = {"pool": pool, "connection": connection.model_dump(mode="json"), "how": how}
+        entry = {"pool": pool, "connection": connection.model_dump(mode="json"), "how": how, "access": args.get("access", "")}
         self._kept.setdefault(owner, {})[connection.volume] = entry
         self._save(owner)
         data = await self._storage.connector(pool, connection.driver, how, QUICK, connection=connection.model_dump(mode="json"), **args)
-        self._kept[owner][connection.volume] = {**entry, "path": data["path"]}
+        told = {"path": data["path"], "way": data.get("way", ""), "warning": data.get("warning", "")}
+        self._kept[owner][connection.volume] = {**entry, **told}
         self._save(owner)
         return Attached(**data)
 
@@ -97,6 +98,16 @@ class Attachments:
     def paths(self, owner: str) -> dict[str, str]:
         """Volume -> the path under which it is attached for the owner."""
         return {volume: entry["path"] for volume, entry in self._kept.get(owner, {}).items() if entry.get("path")}
+
+    def seen(self, guest: GuestStatus) -> GuestStatus:
+        """A guest's status with how its disks are attached."""
+        kept = self._kept.get(guest.instance)
+        if not kept:
+            return guest
+        access = {volume: entry["access"] for volume, entry in kept.items() if entry.get("access")}
+        ways = {volume: entry["way"] for volume, entry in kept.items() if entry.get("way")}
+        warnings = sorted({entry["warning"] for entry in kept.values() if entry.get("warning")})
+        return guest.model_copy(update={"access": access, "ways": ways, "warnings": warnings})
 
     def _save(self, owner: str) -> None:
         if self._dir is None:

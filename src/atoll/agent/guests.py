@@ -15,6 +15,7 @@ from atoll.hypervisor.contract import Hypervisor
 from atoll.model.errors import AtollError, InUse, NotFound, StaleGeneration, WrongState
 from atoll.model.messages import Connection, Endpoint, GuestDisk, GuestSpec, GuestStatus, Progress
 from atoll.rpc.contract import Report
+from atoll.runtime import faults
 from atoll.storage.contract import StorageAccess
 
 #: Seconds in which a guest that was let go on shows whether its storage takes its writes now.
@@ -75,13 +76,16 @@ class GuestOrders:
         if self._attachments.holds(by_hand(instance)):
             raise WrongState("its disks are activated here for an administrator", hint="atoll instance deactivate-disks INSTANCE")
 
-    async def _attach_all(self, spec: GuestSpec, disks: list[dict[str, Any]]) -> GuestSpec:
+    async def _attach_all(self, spec: GuestSpec, disks: list[dict[str, Any]], report: Report) -> GuestSpec:
         by_volume = {d["connection"]["volume"]: d for d in disks}
         attached = []
         for disk in spec.disks:
             found = by_volume[disk.volume]
             usable = await self._attachments.attach(spec.instance, found["pool"], Connection(**found["connection"]), found["access"])
+            if usable.warning:
+                report(Progress(text=f"warning: {usable.warning}"))
             attached.append(disk.model_copy(update={"attached": usable}))
+            await faults.point("agent:guest:attached")
         return spec.model_copy(update={"disks": attached})
 
     async def start(self, args: dict[str, Any], report: Report) -> Any:
@@ -91,7 +95,7 @@ class GuestOrders:
             self._check_generation(spec.instance, spec.generation)
             self._check_by_hand(spec.instance)
             try:
-                spec = await self._attach_all(spec, args["disks"])
+                spec = await self._attach_all(spec, args["disks"], report)
                 # Attaching may have taken long: the instance may be somebody else's by now.
                 self._contact.check_again("guest.start")
                 report(Progress(text="starting the guest"))
@@ -108,7 +112,7 @@ class GuestOrders:
         async with self._locks[spec.instance]:
             self._check_generation(spec.instance, spec.generation)
             self._check_by_hand(spec.instance)
-            spec = await self._attach_all(spec, args["disks"])
+            spec = await self._attach_all(spec, args["disks"], report)
             endpoint = await self._hypervisor.incoming(spec, args.get("copy", []), args["peer"], report)
             return endpoint.model_dump(mode="json")
 
@@ -161,6 +165,9 @@ class GuestOrders:
         disk = GuestDisk(**args["disk"])
         connection = Connection(**args["connection"])
         attached = await self._attachments.attach(args["instance"], args["pool"], connection, args["access"])
+        if attached.warning:
+            report(Progress(text=f"warning: {attached.warning}"))
+        await faults.point("agent:guest:attached")
         self._contact.check_again("guest.plug")
         await self._hypervisor.plug(args["instance"], disk.model_copy(update={"attached": attached}))
 
@@ -170,6 +177,7 @@ class GuestOrders:
             return  # as an undo: it writes nothing any more, and its process is cleared away with all its attachments
         if (await self._hypervisor.status(args["instance"])).state != "gone":
             await self._hypervisor.unplug(args["instance"], args["volume"], args["timeout"])
+        await faults.point("agent:guest:unplugged")
         await self._attachments.detach(args["instance"], [args["volume"]])
 
     async def _ended(self, instance: str) -> bool:
@@ -184,6 +192,7 @@ class GuestOrders:
         if found is None:
             raise NotFound(f"volume {args['volume']} is not attached to {args['instance']} here")
         pool, connection = found
+        connection = connection.model_copy(update={"size": max(args["size"], connection.size)})
         await self._storage.connector(pool, connection.driver, "resized", QUICK, connection=connection.model_dump(mode="json"))
         await self._hypervisor.resize(args["instance"], args["volume"], args["size"])
 

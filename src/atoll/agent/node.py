@@ -50,7 +50,7 @@ class Agent:
         }
         self._node, self._standby, self.attachments = node, standby, attachments
         self.hypervisor, self.storage, self.memory, self.certificates = hypervisor, storage, memory, certificates
-        self.reporter = Reporter(node, hypervisor, memory, storage, self.contact, standby, certificates)
+        self.reporter = Reporter(node, hypervisor, memory, storage, self.contact, attachments, standby, certificates)
         if standby:
             standby.told = self.reporter.news
         self.service = Service(node, memory, handlers, self.contact, self.reporter.news)

@@ -14,6 +14,7 @@ import structlog
 from atoll import __version__
 from atoll.agent.certificates import CertificateOrders
 from atoll.agent.contact import Contact
+from atoll.agent.disks import Attachments
 from atoll.agent.memory import Memory
 from atoll.agent.standby import StandbyOrders
 from atoll.hypervisor.contract import Hypervisor
@@ -48,12 +49,13 @@ class Reporter:
         remembered: Memory,
         storage: StorageAccess,
         contact: Contact,
+        attachments: Attachments,
         standby: StandbyOrders | None = None,
         certificates: CertificateOrders | None = None,
     ) -> None:
         self._certificates = certificates
         self._node, self._hypervisor, self._memory, self._storage = node, hypervisor, remembered, storage
-        self._contact, self._standby = contact, standby
+        self._contact, self._attachments, self._standby = contact, attachments, standby
         self._accelerator = ""
         self._boot_id = ""
         self._news = asyncio.Event()
@@ -78,7 +80,7 @@ class Reporter:
             memory_total=total,
             memory_free=free,
             cpus=os.cpu_count() or 1,
-            guests=await self._hypervisor.guests(),
+            guests=[self._attachments.seen(guest) for guest in await self._hypervisor.guests()],
             stalled_pools=self._storage.stalled(),
             stalled_for=self._storage.stalled_for(),
             accelerator=self._accelerator,

@@ -21,6 +21,16 @@ from atoll.cli.settings import config_option
 set_option = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Write this key into the configuration.")
 
 
+_driver_option = click.option(
+    "-D",
+    "--driver-option",
+    "texts",
+    multiple=True,
+    metavar="DRIVER:KEY=VALUE,...",
+    help="Defaults of new pools; and how disks are attached from the next start or migration on, such as rbd:access=kernelspace.",
+)
+
+
 @click.group(cls=OrderedGroup)
 def cluster() -> None:
     """The cluster as a whole."""
@@ -31,15 +41,24 @@ def cluster() -> None:
 @click.option("--node", default=lambda: socket.gethostname().split(".")[0], metavar="NAME", help="This node's name (default: the host's).")
 @click.option("--address", required=True, metavar="IP", help="Where other nodes reach this one.")
 @click.option("--hypervisor", type=click.Choice(["qemu", "fake"]), default="qemu", show_default=True)
+@_driver_option
 @storage_option
 @config_option
 @set_option
 def init(
-    name: str, node: str, address: str, hypervisor: str, storage_texts: tuple[str, ...], config: str, overrides: tuple[str, ...]
+    name: str,
+    node: str,
+    address: str,
+    hypervisor: str,
+    texts: tuple[str, ...],
+    storage_texts: tuple[str, ...],
+    config: str,
+    overrides: tuple[str, ...],
 ) -> None:
     """Make a cluster whose first node and master is this machine."""
     setup = import_module("atoll.master.setup")
-    done = setup.init(name, node, address, Path(config), hypervisor, pairs(overrides, "--set"), by_driver(storage_texts, "-S"))
+    storage, drivers = by_driver(storage_texts, "-S"), by_driver(texts, "-D")
+    done = setup.init(name, node, address, Path(config), hypervisor, pairs(overrides, "--set"), storage, drivers)
     click.echo(f"The cluster {name} is made; {node} is its master.")
     for line in done:
         click.echo(line)
@@ -89,7 +108,7 @@ def _tell(findings: list[dict[str, Any]]) -> None:
 
 @cluster.command()
 @click.option("--hypervisor", type=click.Choice(["qemu", "fake"]), help="For new instances.")
-@click.option("-D", "--driver-option", "texts", multiple=True, metavar="DRIVER:KEY=VALUE,...", help="Defaults of new pools.")
+@_driver_option
 @storage_option
 @job_options
 def modify(hypervisor: str | None, texts: tuple[str, ...], storage_texts: tuple[str, ...], **options: Any) -> None:

@@ -146,6 +146,9 @@ def _storage(node: Row, pool: Row) -> Row:
 # --- gnt-cluster ---
 
 
+_PARAMETERS = "Defaults of new pools; and how disks are attached, such as rbd:access=kernelspace."
+
+
 def _cluster() -> click.Group:
     from atoll.cli.cluster import cluster as ours
 
@@ -154,7 +157,7 @@ def _cluster() -> click.Group:
     @program.command()
     @click.option("--shared-file-storage-dir", metavar="DIR", help="Where new sharedfile pools keep their images.")
     @click.option("--file-storage-dir", metavar="DIR", help="Where new file pools keep their images.")
-    @click.option("-D", "--disk-parameters", "texts", multiple=True, metavar="DRIVER:KEY=VALUE,...", help="Defaults of new pools.")
+    @click.option("-D", "--disk-parameters", "texts", multiple=True, metavar="DRIVER:KEY=VALUE,...", help=_PARAMETERS)
     @click.option("--hypervisor", type=click.Choice(["qemu", "fake"]), help="For new instances.")
     @storage_option
     @job_options

@@ -8,7 +8,7 @@ import click
 
 from atoll.cli import tags, work
 from atoll.cli.lazy import OrderedGroup
-from atoll.cli.options import by_driver, complete, job_options, pairs, storage_option, target
+from atoll.cli.options import by_driver, complete, disk_parameters_option, job_options, pairs, storage_option, target
 from atoll.cli.reads import info_command, list_command
 
 _pins = [
@@ -36,16 +36,23 @@ group.add_command(info_command("group"))
 @group.command()
 @click.argument("name")
 @_pin_options
+@disk_parameters_option
 @job_options
-def add(name: str, cpu_model: str | None, accelerator: str | None, machine: str | None, **options: Any) -> None:
+def add(
+    name: str, cpu_model: str | None, accelerator: str | None, machine: str | None, parameter_texts: tuple[str, ...], **options: Any
+) -> None:
     """Make a node group."""
-    work.run("group", "add", body={"name": name, "cpu_model": cpu_model, "accelerator": accelerator, "machine": machine}, **options)
+    body: dict[str, Any] = {"name": name, "cpu_model": cpu_model, "accelerator": accelerator, "machine": machine}
+    if parameter_texts:
+        body["driver_options"] = by_driver(parameter_texts, "-D")
+    work.run("group", "add", body=body, **options)
 
 
 @group.command()
 @target("group")
 @_pin_options
 @click.option("--default-pool", multiple=True, metavar="DRIVER=POOL", help="What -t DRIVER means here; an empty POOL removes it.")
+@disk_parameters_option
 @storage_option
 @job_options
 def modify(
@@ -54,13 +61,16 @@ def modify(
     accelerator: str | None,
     machine: str | None,
     default_pool: tuple[str, ...],
+    parameter_texts: tuple[str, ...],
     storage_texts: tuple[str, ...],
     **options: Any,
 ) -> None:
-    """Change a group; new pins hold for instances made from then on."""
+    """Change a group; new pins hold for instances made from then on, disk parameters from each next start or migration on."""
     body: dict[str, Any] = {"cpu_model": cpu_model, "accelerator": accelerator, "machine": machine}
     if default_pool:
         body["default_pools"] = pairs(default_pool, "--default-pool")
+    if parameter_texts:
+        body["driver_options"] = by_driver(parameter_texts, "-D")
     if storage_texts:
         body["storage_options"] = by_driver(storage_texts, "-S")
     work.run("group", "modify", target, body, **options)

@@ -113,6 +113,17 @@ storage_option = click.option(
 )
 
 
+#: ``-D`` of ``group``; the cluster's sets defaults of new pools, too.
+disk_parameters_option = click.option(
+    "-D",
+    "--disk-parameters",
+    "parameter_texts",
+    multiple=True,
+    metavar="DRIVER:KEY=VALUE,...",
+    help="How disks are attached from the next start or migration on, such as rbd:access=kernelspace; an empty value removes one.",
+)
+
+
 io_may_stop_option = click.option(
     "--io-may-stop",
     is_flag=True,

@@ -252,7 +252,7 @@ class Box:
     async def _report(self, name: str, agent: Agent) -> None:
         if self.leader is None or name in self.cut or name in self.mute:
             return
-        guests = await agent.hypervisor.guests()
+        guests = [agent.attachments.seen(guest) for guest in await agent.hypervisor.guests()]
         used = sum(g.memory for g in guests)
         report = NodeReport(
             node=name,

@@ -10,7 +10,7 @@ from atoll.agent.service import Handler
 from atoll.hypervisor.memory import World
 from atoll.lab.boxsnapshots import BoxSnapshots
 from atoll.model.errors import AlreadyExists, Conflict, HostError, NotFound, PoolFull, PoolUnavailable, ShrinkRefused
-from atoll.model.messages import PoolRef, Progress
+from atoll.model.messages import GuestDisk, PoolRef, Progress
 from atoll.rpc.contract import Report
 from atoll.storage import registry
 
@@ -51,6 +51,10 @@ class SharedDisks:
         self.exports: dict[tuple[str, str], dict[str, Any]] = {}
         #: Block devices of nodes: (node, volume) -> ``rw`` or ``ro``.
         self.mapped: dict[tuple[str, str], str] = {}
+        #: Block devices that were made for guests: (node, volume).
+        self.devices: set[tuple[str, str]] = set()
+        #: Node (name) -> what the driver says of block devices there.
+        self.risky: dict[str, str] = {}
         #: Node (name) -> the names of its OS definitions, where they are not the usual ones.
         self.definitions: dict[str, set[str]] = {}
         #: OS scripts that run now: (node, instance) -> what.
@@ -65,10 +69,15 @@ class SharedDisks:
     def forget_node(self, node: str) -> None:
         """Its power was cut."""
         self.mapped = {key: mode for key, mode in self.mapped.items() if key[0] != node}
+        self.devices = {key for key in self.devices if key[0] != node}
         self.scripts = {key: value for key, value in self.scripts.items() if key[0] != node}
 
     def look(self) -> None:
-        """Note it as a violation when a guest writes what somebody has mapped."""
+        """Note it as a violation when a guest writes what somebody has mapped, or what it has as a device is no device any more."""
+        for guest in self.world.guests.values():
+            gone = [v for v, disk in guest.disks.items() if by_device(disk) and (guest.node, v) not in self.devices]
+            if guest.active and gone:
+                self.world.violations.append(f"{guest.spec.name} writes {gone} on {guest.node}, whose devices are gone")
         for (node, volume), mode in self.mapped.items():
             for guest in self.world.guests.values():
                 if guest.active and volume in guest.disks and mode == "rw":
@@ -90,6 +99,11 @@ class SharedDisks:
         image = self.image(target, volume)
         self.world.images[image] = records
         self.world.written.setdefault(volume, set()).add(image)
+
+
+def by_device(disk: GuestDisk) -> bool:
+    """Whether a guest was given a block device for its disk."""
+    return disk.attached is not None and disk.attached.blockdev is None
 
 
 class BoxStorage(BoxSnapshots):
@@ -253,7 +267,13 @@ class BoxStorage(BoxSnapshots):
             raise PoolUnavailable("the pool is not mounted")
         if method == "attach":
             volume = args["connection"]["volume"]
+            if args["access"] == "kernelspace":
+                self._disks.devices.add((self._node, volume))
+                warning = self._disks.risky.get(self._node, "")
+                return {"volume": volume, "path": f"/dev/box/guests/{volume}", "way": "box", "warning": warning}
             return {"volume": volume, "path": f"/box/{volume}", "blockdev": {"driver": "file", "filename": f"/box/{volume}"}}
+        if method == "detach":
+            self._detach(args["connection"]["volume"])
         if method == "map":
             return self._map(args["connection"]["volume"], args["read_only"])
         if method == "unmap":
@@ -261,6 +281,15 @@ class BoxStorage(BoxSnapshots):
         if method == "unmap_others":
             return []
         return args["connection"]["size"] if method == "resized" else None
+
+    def _detach(self, volume: str) -> None:
+        world = self._disks.world
+        world.violations += [
+            f"{volume} is unmapped on {self._node} while {guest.spec.name} ({guest.state}) has it"
+            for guest in world.guests.values()
+            if guest.node == self._node and volume in guest.disks and by_device(guest.disks[volume]) and guest.state != "shutdown"
+        ]
+        self._disks.devices.discard((self._node, volume))
 
     def _map(self, volume: str, read_only: bool) -> Any:
         world = self._disks.world

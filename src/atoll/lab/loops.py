@@ -61,12 +61,17 @@ def machine_id(lab: str, node: str) -> str:
     return hashlib.sha256(f"{lab}/{node}".encode()).hexdigest()[:32]
 
 
-def unmap(lab: str, *nodes: str) -> None:
-    """End what agents of these nodes (which have no power) had mapped: a machine of its own would have lost it with its kernel."""
+def unmap(lab: str, directory: Path, *nodes: str) -> None:
+    """End what agents of these nodes (which have no power) had mapped: a machine of its own would have lost it with its kernel.
+    ``directory``: of the node, or of the lab."""
+    for pattern in ("run/*/*.loop", "nodes/*/run/*/*.loop"):
+        for path in directory.glob(pattern):
+            mappings.drop(path)
     machines = {machine_id(lab, node) for node in nodes}
     for machine, volume in mappings.everybodys():
         if machine in machines:
-            mappings.detach(volume, machine=machine)
+            # What was not written out yet is lost, as with a kernel; and whoever took the writes may be dead.
+            mappings.detach(volume, machine=machine, flush=False)
 
 
 def idle(device: str) -> bool:

@@ -71,7 +71,7 @@ class Node(BaseNode):
             _shut_down_xfs(Path(f"/proc/{pid}/root/var/lib/atoll"))
             kill_and_wait(pid)
             network.unplug(self.lab, self.name)
-            loops.unmap(self.lab, self.name)
+            loops.unmap(self.lab, self.directory, self.name)
             loops.detach(self.directory)
 
     def boot(self) -> None:

@@ -58,7 +58,7 @@ def sweep_locked(name: str, directory: Path) -> None:
     for entry in network.namespaces(name):
         network.remove(entry)
     # The names of its nodes may be lost with its files.
-    loops.unmap(name, *(f"node{number}" for number in range(1, 65)))
+    loops.unmap(name, directory, *(f"node{number}" for number in range(1, 65)))
     for path in mounts(directory):
         run(["umount", path])
     loops.detach(directory)

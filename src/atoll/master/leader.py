@@ -23,6 +23,7 @@ from atoll.master.shipping import Run, Shipper
 from atoll.master.spaces import SpaceMonitor
 from atoll.master.storage_nodes import StorageNodes
 from atoll.master.verify import SEVERITIES, Verifier
+from atoll.master.verify_access import access
 from atoll.master.verify_room import room
 from atoll.master.watching import StorageWatch
 from atoll.model.errors import AtollError, NodeAnswers, NotLeader
@@ -81,6 +82,7 @@ class MasterLeader:
             self.keeper.findings,
             self.storage_nodes.findings,
             lambda: room(self._state, self._spaces.known()),
+            lambda: list(access(self._state)),
         ]
         self._spaces = SpaceMonitor(self._state, self.agents)
         self._storage_watch = StorageWatch(self._state, self.agents)

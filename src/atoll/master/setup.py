@@ -12,6 +12,7 @@ from atoll.master.authority import sealed
 from atoll.model.errors import AlreadyExists, HostError
 from atoll.model.ids import check_name, new_id
 from atoll.model.objects import Cluster, Group, Node
+from atoll.operations.parameters import split
 from atoll.operations.storage_options import Options, check, merged
 from atoll.runtime import certs
 from atoll.runtime.config import Config, dump
@@ -47,9 +48,17 @@ def read_keyring(config: Config) -> dict[str, str]:
 
 
 def init(
-    name: str, node: str, address: str, config: Path, hypervisor: str, overrides: dict[str, str], storage_options: Options | None = None
+    name: str,
+    node: str,
+    address: str,
+    config: Path,
+    hypervisor: str,
+    overrides: dict[str, str],
+    storage_options: Options | None = None,
+    driver_options: Options | None = None,
 ) -> list[str]:
-    """Make a cluster whose first node and master is this machine. ``storage_options``: kind -> option -> value.
+    """Make a cluster whose first node and master is this machine. ``storage_options``: kind -> option -> value; ``driver_options``: driver
+    -> default of new pools or disk parameter -> value.
 
     Errors: AlreadyExists, InvalidInput, StoreError.
     Gives what was done on this host, for people. Repeating it after a crash in the middle starts over; once
@@ -58,17 +67,19 @@ def init(
     check_name(name, "cluster name")
     check_name(node, "node name")
     check(storage_options or {})
+    split(driver_options or {}, pools=True)
     settings = configured(config, overrides, node=node, address=address, hypervisor=hypervisor)
     if not settings.masters:
         settings = settings.model_copy(update={"masters": (own_url(settings),)})
     forget_masters(settings.state_dir)
-    asyncio.run(_init(name, settings, storage_options or {}))
+    asyncio.run(_init(name, settings, storage_options or {}, driver_options or {}))
     config.parent.mkdir(parents=True, exist_ok=True)
     write_durably(config, dump(settings), 0o644)
     return settle_in(settings, config, ("master", "agent"))
 
 
-async def _init(name: str, config: Config, storage_options: Options) -> None:
+async def _init(name: str, config: Config, storage_options: Options, driver_options: Options) -> None:
+    defaults, parameters = split(driver_options, pools=True)
     config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     store = await SqliteStore.open(store_dir(config))
     try:
@@ -104,6 +115,8 @@ async def _init(name: str, config: Config, storage_options: Options) -> None:
             name=name,
             ca_fingerprint=certs.fingerprint(ca.cert_pem),
             hypervisor=config.hypervisor,
+            driver_options=merged({}, defaults),
+            disk_parameters=merged({}, parameters),
             storage_options=merged({}, storage_options),
         )
         await leader.write(put=[cluster, group, first, sealed(box, ca)])

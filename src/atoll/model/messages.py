@@ -162,12 +162,15 @@ class Connection(Wire):
 class Attached(Wire):
     """A volume made usable on a node: a path (block device or file), and/or QEMU's protocol-level blockdev options
     (a dict without node-name, such as ``{"driver": "file", "filename": ...}``). ``secrets``: names that those options refer to, and the
-    files (in memory, the guests' user's) that hold the secrets in base64."""
+    files (in memory, the guests' user's) that hold the secrets in base64. ``way``: how a block device was made of
+    it; ``warning``: what to mind of that on this node."""
 
     volume: str
     path: str | None = None
     blockdev: dict[str, Any] | None = None
     secrets: dict[str, str] = Field(default_factory=dict)
+    way: str = ""
+    warning: str = ""
 
 
 # --- guests ---
@@ -216,6 +219,11 @@ class GuestStatus(Wire):
     vcpus: int = 0
     #: Why its storage stopped it: volume -> ``full`` (no space was left for a write) or ``failed`` (any other error).
     disk_errors: dict[str, str] = Field(default_factory=dict)
+    #: Volume -> how it is attached (``userspace``, ``kernelspace``), and where that is by a device, how that was made.
+    access: dict[str, str] = Field(default_factory=dict)
+    ways: dict[str, str] = Field(default_factory=dict)
+    #: What is to be minded of how they are attached here.
+    warnings: list[str] = Field(default_factory=list)
 
 
 class Endpoint(Wire):

@@ -52,6 +52,8 @@ class Cluster(Stored):
     hypervisor: str = "qemu"
     #: Driver -> option -> value: defaults of new pools (``shared_file_dir`` of Ganeti is ``{"sharedfile": {"path": ...}}``).
     driver_options: dict[str, dict[str, str]] = Field(default_factory=dict)
+    #: Driver -> parameter -> value: how disks are attached from now on. Groups override it.
+    disk_parameters: dict[str, dict[str, str]] = Field(default_factory=dict)
     #: Kind of storage cluster -> option -> value: how storage clusters are to be made (``-S`` of Ganeti). Groups and nodes override it.
     storage_options: dict[str, dict[str, str]] = Field(default_factory=dict)
     tags: tuple[str, ...] = ()
@@ -65,6 +67,8 @@ class Group(Stored):
     pin: MachinePin = MachinePin()
     #: Driver -> pool id: what ``-t DRIVER`` means where several pools have that driver.
     default_pools: dict[str, str] = Field(default_factory=dict)
+    #: Driver -> parameter -> value, where disks are attached in another way than the cluster's.
+    disk_parameters: dict[str, dict[str, str]] = Field(default_factory=dict)
     #: Kind of storage cluster -> option -> value, where this group differs from the cluster.
     storage_options: dict[str, dict[str, str]] = Field(default_factory=dict)
     #: The storage cluster (its id) that this group's nodes form; empty: they form none.

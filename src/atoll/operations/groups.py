@@ -6,10 +6,11 @@ from typing import Any
 
 from atoll.jobs.context import JobContext
 from atoll.jobs.steps import Changes
-from atoll.model.errors import InUse, NotFound, WrongState
+from atoll.model.errors import InUse, WrongState
 from atoll.model.ids import new_id
 from atoll.model.objects import Cluster, Group, Instance, MachinePin, Node, Pool, StorageCluster
 from atoll.operations.common import check_new_name, frozen, locks, name_lock, prepare_tags, run_tags
+from atoll.operations.parameters import answer, split
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import AssignNodes, ClusterModify, GroupAdd, GroupModify, Nothing, Rename, TagsChange
 from atoll.operations.state import State
@@ -19,13 +20,15 @@ from atoll.storage import registry as drivers
 
 def _prepare_add(state: State, target: str, request: GroupAdd) -> Prepared:
     check_new_name(state, Group, request.name)
+    split(request.driver_options, pools=False)
     return Prepared(frozen(request), locks(exclusive=[name_lock(Group, request.name)]), f"add group {request.name}")
 
 
 async def _run_add(job: JobContext, request: dict[str, Any]) -> Any:
     ident = await job.read("id", lambda: new_id("group", job.state.rng))
     pin = {"cpu_model": request["cpu_model"], "accelerator": request["accelerator"], "machine": request["machine"]}
-    new = Group(id=ident, name=request["name"], pin=MachinePin(**{k: v for k, v in pin.items() if v}))
+    parameters = merged({}, request.get("driver_options", {}))
+    new = Group(id=ident, name=request["name"], pin=MachinePin(**{k: v for k, v in pin.items() if v}), disk_parameters=parameters)
     await job.commit()
     await job.write("record", lambda: Changes(put=[new]))
     return {"group": ident, "name": request["name"]}
@@ -40,6 +43,7 @@ def _prepare_modify(state: State, target: str, request: GroupModify) -> Prepared
     for driver, name in request.default_pools.items():
         drivers.info(driver)
         pools[driver] = state.resolve_pool(name).id if name else ""
+    split(request.driver_options, pools=False)
     check_group(state, group, request.storage_options)
     return Prepared(frozen(request, id=group.id, default_pools=pools), locks(exclusive=[group.resource]), f"modify group {group.name}")
 
@@ -50,12 +54,14 @@ async def _run_modify(job: JobContext, request: dict[str, Any]) -> Any:
         pin = {k: request[k] for k in ("cpu_model", "accelerator", "machine") if request[k] is not None}
         pools = {k: v for k, v in {**group.default_pools, **request["default_pools"]}.items() if v}
         options = merged(group.storage_options, request.get("storage_options", {}))
-        update = {"pin": group.pin.model_copy(update=pin), "default_pools": pools, "storage_options": options}
-        return Changes(put=[group.model_copy(update=update)])
+        parameters = merged(group.disk_parameters, request.get("driver_options", {}))
+        update = {"default_pools": pools, "storage_options": options, "disk_parameters": parameters}
+        return Changes(put=[group.model_copy(update={"pin": group.pin.model_copy(update=pin), **update})])
 
     await job.commit()
     await job.write("change", change)
-    return {"group": request["id"]}
+    told = await job.read("what it means", lambda: answer(job.state, request.get("driver_options", {})))
+    return {"group": request["id"], **told}
 
 
 register(Operation("group.modify", GroupModify, _prepare_modify, _run_modify, role="admin"))
@@ -156,11 +162,7 @@ register(Operation("group.tags", TagsChange, prepare_tags(Group), run_tags(Group
 
 
 def _prepare_cluster(state: State, target: str, request: ClusterModify) -> Prepared:
-    for driver, options in request.driver_options.items():
-        known = {option.name for option in drivers.info(driver).options}
-        for option in options:
-            if option not in known:
-                raise NotFound(f"driver {driver} has no option {option!r}", hint=f"options: {', '.join(sorted(known))}")
+    split(request.driver_options, pools=True)
     check_cluster(state, request.storage_options)
     if request.hypervisor and request.hypervisor != state.cluster.hypervisor and state.store.all(Instance):
         raise WrongState("the hypervisor can change only while there are no instances", hint="atoll instance list")
@@ -170,18 +172,21 @@ def _prepare_cluster(state: State, target: str, request: ClusterModify) -> Prepa
 async def _run_cluster(job: JobContext, request: dict[str, Any]) -> Any:
     def change() -> Changes:
         cluster = job.state.cluster
-        drivers_options = {**cluster.driver_options}
-        for driver, options in request["driver_options"].items():
-            drivers_options[driver] = {k: v for k, v in {**drivers_options.get(driver, {}), **options}.items() if v}
-        options = merged(cluster.storage_options, request.get("storage_options", {}))
-        update: dict[str, Any] = {"driver_options": drivers_options, "storage_options": options}
+        defaults, parameters = split(request["driver_options"], pools=True)
+        update: dict[str, Any] = {"driver_options": merged(cluster.driver_options, defaults)}
+        update["disk_parameters"] = merged(cluster.disk_parameters, parameters)
+        update["storage_options"] = merged(cluster.storage_options, request.get("storage_options", {}))
         if request["hypervisor"]:
             update["hypervisor"] = request["hypervisor"]
         return Changes(put=[cluster.model_copy(update=update)])
 
     await job.commit()
     await job.write("change", change)
-    return {"cluster": "cluster"}
+
+    def told() -> dict[str, Any]:
+        return answer(job.state, split(request["driver_options"], pools=True)[1])
+
+    return {"cluster": "cluster", **await job.read("what it means", told)}
 
 
 register(Operation("cluster.modify", ClusterModify, _prepare_cluster, _run_cluster, role="admin"))

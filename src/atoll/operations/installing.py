@@ -7,7 +7,7 @@ from typing import Any
 from atoll.jobs.context import JobContext
 from atoll.jobs.steps import Undo
 from atoll.model.objects import Instance
-from atoll.operations.running import activate_on, release_from, sync_copies
+from atoll.operations.running import activate_on, release_from, revoke_rights, sync_copies
 from atoll.operations.state import State
 
 
@@ -68,3 +68,4 @@ async def run_script(
     await job.call(f"deactivate{suffix}", node, "disks.deactivate", {"owner": instance})
     await sync_copies(job, instance, node, suffix=suffix)
     await release_from(job, instance, node, suffix=suffix)
+    await revoke_rights(job, instance, node, suffix=suffix)

@@ -16,10 +16,10 @@ from atoll.operations.importing import DAY
 from atoll.operations.instance_add import disk_pool
 from atoll.operations.instance_power import instance_locks
 from atoll.operations.making import delete_image, make_volume, mark_deleting, plan_volume
+from atoll.operations.parameters import access_of
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import ActivateDisks, AddDisk, AttachDisk, DetachDisk, GrowDisk
 from atoll.operations.running import (
-    access_of,
     activate_on,
     attached,
     check_connections,
@@ -161,7 +161,7 @@ async def connect_disks_of(job: JobContext, instance: str, node: str, volume: st
         disk = {"ref": ref, "volume": volume, "logical_id": found.logical_id, "size": found.size}
         # A free volume is nobody's: whoever was noted as its writer has let go of it, or is proved gone.
         disk |= connecting(state, pool, node, "" if expect_writer else "known")
-        return {"worker": worker.id, "disk": disk, "access": access_of(state, pool)}
+        return {"worker": worker.id, "disk": disk, "access": access_of(state, pool, node)}
 
     found = await job.read("volume to connect", plan)
     accept = partial(check_connections, expect_writer=expect_writer)
@@ -361,6 +361,7 @@ async def _run_deactivate(job: JobContext, request: dict[str, Any]) -> Any:
     await job.call("release claim", node, "claim.release", {"instance": instance, "generation": generation})
     # Only if it is this node's: another may hold it.
     await free_claim(job, instance, node, generation)
+    await revoke_rights(job, instance, node, suffix=" after deactivation")
     return {"instance": instance}
 
 

@@ -11,6 +11,7 @@ from atoll.model.objects import Instance, Node, Pool, Volume
 from atoll.operations.common import PlacementView, check_pool_open, check_usable, frozen, needs_of
 from atoll.operations.instance_migrate import migrate
 from atoll.operations.instance_power import after_proof, bring_claim, instance_locks, plan_start, proof_of_death
+from atoll.operations.parameters import access_of
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import InstanceFailover, InstanceMove
 from atoll.operations.running import check_connections, check_runs, connect_disks, start_on, stop_on
@@ -114,6 +115,7 @@ def plan_move(state: State, instance: Instance, node: str, pool: str | None) -> 
                 "old": volume.logical_id,
                 "old_ref": state.ref(old, source).model_dump(mode="json"),
                 "new_ref": state.ref(new, target).model_dump(mode="json"),
+                "access": access_of(state, new, target.id),
             }
         )
     if not copies:
@@ -193,10 +195,10 @@ async def _move_running(job: JobContext, instance: str, plan: dict[str, Any], ne
     moved = {copy["volume"]: copy for copy in plan["copies"]}
     disks = [disk for disk in shared if disk["connection"]["volume"] not in moved]
     request = [
-        {"ref": c["new_ref"], "volume": v, "logical_id": new_ids[v], "size": c["size"], "access": "userspace"} for v, c in moved.items()
+        {"ref": c["new_ref"], "volume": v, "logical_id": new_ids[v], "size": c["size"], "access": c["access"]} for v, c in moved.items()
     ]
     answer = await job.look("connect copies", plan["target"], "disks.connect", {"disks": request}, accept=check_connections)
-    disks += [{"pool": found["pool"], "connection": found["connection"], "access": "userspace"} for found in answer]
+    disks += [{"pool": f["pool"], "connection": f["connection"], "access": moved[f["volume"]]["access"]} for f in answer]
     return await migrate(job, instance, plan, disks=disks, copy=sorted(moved))
 
 

@@ -6,6 +6,7 @@ from atoll.model.messages import GuestStatus
 from atoll.model.objects import Disk, Instance, Job
 from atoll.operations import trouble
 from atoll.operations.index import Index, Row
+from atoll.operations.parameters import access_in
 
 
 def instance_state(item: Instance, index: Index) -> tuple[str, str]:
@@ -54,8 +55,9 @@ def instance(item: Instance, index: Index) -> Row:
     claim = index.state.claim(item.id)
     state, reason = instance_state(item, index)
     job = index.busy.get(item.resource)
-    guest = index.guests.get((claim.holder, item.id)) if claim.holder and state == "paused" else None
-    disks = [_disk(number, disk, index) for number, disk in enumerate(item.disks)]
+    running = index.guests.get((claim.holder, item.id)) if claim.holder else None
+    guest = running if state == "paused" else None
+    disks = [_disk(number, disk, index, item, running) for number, disk in enumerate(item.disks)]
     return {
         "name": item.name,
         "id": item.id,
@@ -90,12 +92,11 @@ def instance(item: Instance, index: Index) -> Row:
     }
 
 
-def _disk(number: int, disk: Disk, index: Index) -> Row:
+def _disk(number: int, disk: Disk, index: Index, item: Instance, guest: GuestStatus | None) -> Row:
+    """``access``: how it is attached now (None: it is not, or its node does not tell), ``access_way`` by what, and ``access_next`` how it
+    will be at the next start in the group."""
     record = index.volumes.get(disk.volume)
     driver = index.driver(record.pool) if record else None
-    access = None
-    if driver:
-        access = "userspace" if "userspace" in driver.access else "kernelspace"
     return {
         "index": number,
         "volume": disk.volume,
@@ -103,7 +104,9 @@ def _disk(number: int, disk: Disk, index: Index) -> Row:
         "pool": index.pool_name(record.pool) if record else None,
         "driver": driver.name if driver else None,
         "size": record.size if record else None,
-        "access": access,
+        "access": guest.access.get(disk.volume) if guest else None,
+        "access_way": guest.ways.get(disk.volume) if guest else None,
+        "access_next": access_in(index.state, driver, item.group) if driver else None,
         "mode": disk.mode,
         "slot": disk.slot,
         "node": index.node_name(record.node) if record else None,

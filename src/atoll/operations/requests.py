@@ -49,6 +49,7 @@ class Nothing(Request):
 class ClusterModify(Request):
     """Change defaults of the cluster."""
 
+    #: Driver -> key -> value: defaults of new pools, and disk parameters (``access``); an empty value removes one.
     driver_options: dict[str, dict[str, str]] = Field(default_factory=dict)
     hypervisor: Literal["qemu", "fake"] | None = None
     #: Kind of storage cluster -> option -> value; an empty value removes it. Only while no storage cluster is initialised.
@@ -83,6 +84,8 @@ class GroupAdd(Request):
     cpu_model: str = ""
     accelerator: Literal["tcg", "kvm", ""] = ""
     machine: str = ""
+    #: Driver -> disk parameter -> value, where disks shall be attached in another way than the cluster's.
+    driver_options: dict[str, dict[str, str]] = Field(default_factory=dict)
 
 
 class GroupModify(Request):
@@ -93,6 +96,8 @@ class GroupModify(Request):
     machine: str | None = None
     #: Driver -> pool: what ``-t DRIVER`` means in this group; an empty pool removes the entry.
     default_pools: dict[str, str] = Field(default_factory=dict)
+    #: Driver -> disk parameter -> value, where disks shall be attached in another way than the cluster's; an empty value removes one.
+    driver_options: dict[str, dict[str, str]] = Field(default_factory=dict)
     #: Where this group's storage cluster shall differ from the cluster's options; only before it is initialised.
     storage_options: dict[str, dict[str, str]] = Field(default_factory=dict)
 

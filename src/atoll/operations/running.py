@@ -10,6 +10,7 @@ from atoll.jobs.steps import Changes, Undo, undo_function
 from atoll.model.errors import DiskInUse, InUse, NodeUnavailable, NotFound, WrongState
 from atoll.model.messages import GuestDisk, GuestSpec
 from atoll.model.objects import Claim, Instance, Node, Pool, Volume, VolumeState
+from atoll.operations.parameters import access_of
 from atoll.operations.state import State
 from atoll.storage.contract import Mirroring
 
@@ -17,11 +18,6 @@ from atoll.storage.contract import Mirroring
 WANTED = ("desired", "stopped_by", "home")
 #: Seconds that a start waits for a dead client's locks to end with their lease.
 PATIENCE = 20.0
-
-
-def access_of(state: State, pool: Pool) -> str:
-    """How guests reach volumes of the pool: ``userspace`` where the driver can."""
-    return "userspace" if "userspace" in state.driver(pool).access else "kernelspace"
 
 
 def guest_spec(state: State, instance: Instance, generation: int) -> dict[str, Any]:
@@ -49,7 +45,13 @@ def connect_plan(state: State, instance: Instance, node: str, fence: str = "") -
         owner = node if volume.node and node in (volume.node, volume.secondary) else volume.node
         worker = state.pool_node(pool, prefer=node, owner=owner)
         ref = state.ref(pool, worker).model_dump(mode="json")
-        disk = {"ref": ref, "volume": volume.id, "logical_id": volume.logical_id, "size": volume.size, "access": access_of(state, pool)}
+        disk = {
+            "ref": ref,
+            "volume": volume.id,
+            "logical_id": volume.logical_id,
+            "size": volume.size,
+            "access": access_of(state, pool, node),
+        }
         found.setdefault(worker.id, []).append({**disk, **connecting(state, pool, node, fence)})
     return sorted(found.items())
 
@@ -222,12 +224,15 @@ async def activate_on(job: JobContext, instance: str, node: str, *, suffix: str 
     Errors: InUse, DiskInUse (somebody writes one of them), NotFound, PoolUnavailable.
     """
     generation = await take_by_hand(job, instance, node, suffix=suffix)
-    disks = await connect_disks(job, instance, node, suffix=suffix)
+    disks = await connect_disks(job, instance, node, suffix=suffix, fence="known")
     modes = await job.read(f"modes{suffix}", lambda: {d.volume: d.mode for d in job.state.store.require(Instance, instance).disks})
     disks = [{**disk, "mode": modes[disk["connection"]["volume"]]} for disk in disks]
     undo = Undo("disks.deactivate", {"owner": instance}, node=node, dies=True)
     args = {"owner": instance, "disks": disks, "generation": generation}
-    return generation, await job.call(f"activate{suffix}", node, "disks.activate", args, undo=undo)
+    paths = await job.call(f"activate{suffix}", node, "disks.activate", args, undo=undo)
+    # A mapping writes as a guest does, and is shut out like one.
+    await note_writers(job, instance, node, suffix=suffix)
+    return generation, paths
 
 
 async def start_on(

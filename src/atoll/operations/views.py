@@ -38,6 +38,7 @@ def cluster(state: State) -> Row:
         "ca_expires": _ca_expires(state),
         "master_certificate_expires": _master_expires(state),
         "driver_options": record.driver_options,
+        "disk_parameters": record.disk_parameters,
         "storage_options": record.storage_options,
         "drivers": [info.name for info in registry.drivers()],
         "tags": list(record.tags),
@@ -96,6 +97,7 @@ def group(item: Group, index: Index) -> Row:
         "instances": sum(instance.group == item.id for instance in index.instances.values()),
         "pools": sorted(pool.name for pool in index.pools.values() if item.id in pool.groups),
         "default_pools": {driver: index.pools[pool].name for driver, pool in item.default_pools.items() if pool in index.pools},
+        "disk_parameters": item.disk_parameters,
         "storage": index.storage_name(item.storage),
         "storage_options": item.storage_options,
         "machine": item.pin.machine,
@@ -210,7 +212,7 @@ def pool(item: Pool, index: Index) -> Row:
 
 def capabilities(driver: DriverInfo) -> Row:
     """What a driver can, without its options."""
-    found = driver.model_dump(mode="json", exclude={"options", "name"})
+    found = driver.model_dump(mode="json", exclude={"options", "name", "parameters", "data_roles"})
     found["access"] = sorted(found["access"])
     found["mirrored"], found["node_local"] = driver.mirrored, driver.node_local
     return found

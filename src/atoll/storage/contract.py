@@ -67,11 +67,21 @@ class DriverInfo(BaseModel):
     #: Sizes are rounded up to a multiple of this, in bytes.
     granularity: int = 512
     options: tuple[Option, ...] = ()
+    #: What the cluster and its groups may set for all its disks (``-D DRIVER:KEY=VALUE``); it holds for a disk when it is attached next.
+    #: One that is called ``access`` chooses one of the driver's ways of access.
+    parameters: tuple[Option, ...] = ()
+    #: Roles of nodes in a storage cluster that keep its data: such a node should not have block devices of that data.
+    data_roles: frozenset[str] = frozenset()
 
     @property
     def mirrored(self) -> bool:
         """``DTS_MIRRORED``: instances on it can migrate and fail over."""
         return self.mirroring is not Mirroring.NONE
+
+    @property
+    def plain_access(self) -> Literal["kernelspace", "userspace"]:
+        """How a volume is used where nothing else was asked for, and by Atoll itself: without a block device, where the driver can."""
+        return "userspace" if "userspace" in self.access else "kernelspace"
 
     @property
     def node_local(self) -> bool:
@@ -211,7 +221,7 @@ class Connector(Protocol):
         """Undo that; not attached is success."""
 
     def resized(self, connection: Connection) -> int:
-        """The size seen here after a grow, in bytes."""
+        """After a grow (``connection.size`` is the new size): let what is attached here be as large; the size seen here, in bytes."""
 
     def attached(self) -> list[str]:
         """Volume ids that are attached here by this driver, as the node itself tells it."""

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from atoll.model.errors import Conflict, DiskInUse, HostError
 
-_SET_FREE, _CLEAR, _CONFIGURE, _GET_STATUS = 0x4C82, 0x4C01, 0x4C0A, 0x4C05
-_READ_ONLY, _PARTITIONS = 1, 8
+_SET_FREE, _CLEAR, _CONFIGURE, _GET_STATUS, _SET_CAPACITY = 0x4C82, 0x4C01, 0x4C0A, 0x4C05, 0x4C07
+_READ_ONLY, _PARTITIONS, _DIRECT = 1, 8, 16
 _MAJOR = 7
 #: struct loop_info64 (include/uapi/linux/loop.h), and struct loop_config around it.
 _INFO = struct.Struct("=QQQQQIIII64s64s32sQQ")
@@ -45,12 +45,13 @@ def _parts(name: bytes) -> tuple[str, str] | None:
 
 
 def _status(device: int) -> tuple[tuple[int, int], int, bytes] | None:
-    """What an open loop device is on: (device, inode) of the file, flags and name; None when it is free."""
+    """What an open loop device is on: (device, inode) of the file, flags and name; None when it is free, or when the kernel does not tell:
+    the file is one that a process showed (FUSE), and that has died."""
     data = bytearray(_INFO.size)
     try:
         fcntl.ioctl(device, _GET_STATUS, data)
     except OSError as error:
-        if error.errno == errno.ENXIO:
+        if error.errno in (errno.ENXIO, errno.ENOTCONN):
             return None
         raise
     fields = _INFO.unpack(data)
@@ -95,17 +96,81 @@ def mapped(machine: str | None = None) -> dict[str, int]:
     return {volume: number for (found, volume), number in everybodys().items() if found == wanted}
 
 
-def attach(image: int, volume: str, *, read_only: bool) -> str:
-    """The block device of an open image; the one that it has, if it is mapped already. Errors: Conflict (mapped otherwise), HostError."""
+def _sequence(number: int) -> int:
+    """A number that the kernel gives to a disk when it is made, and to no other until it boots again; 0 = there is no such device, or it is
+    free."""
+    place = Path(f"/sys/block/loop{number}")
+    try:
+        return int((place / "diskseq").read_text()) if (place / "loop").is_dir() else 0
+    except (OSError, ValueError):
+        return 0
+
+
+def note(device: str, path: Path) -> None:
+    """Write down which device it is: the kernel does not tell its name any more once the process has died that shows its file (FUSE)."""
+    number = int(device.removeprefix("/dev/loop"))
+    path.write_text(f"{number} {_sequence(number)}")
+
+
+def noted(path: Path) -> int | None:
+    """The number of the device that was noted, if it is that one still."""
+    try:
+        number, known = (int(word) for word in path.read_text().split())
+    except (FileNotFoundError, ValueError):
+        return None
+    return number if known and _sequence(number) == known else None
+
+
+def drop(path: Path, patience: float = PATIENCE) -> None:
+    """End the mapping that was noted; gone is success. Errors: DiskInUse, HostError."""
+    end = time.monotonic() + patience
+    while (number := noted(path)) is not None:
+        _clear(number)
+        if noted(path) is not None and time.monotonic() > end:
+            raise DiskInUse(f"/dev/loop{number} is still in use", hint=f"fuser -vm /dev/loop{number}; then try again")
+        time.sleep(0.02)
+
+
+def _clear(number: int) -> None:
+    try:
+        device = _open(number)
+        try:
+            fcntl.ioctl(device, _CLEAR)
+        finally:
+            os.close(device)
+    except OSError as error:
+        if error.errno not in (errno.ENXIO, errno.EBUSY, errno.ENOENT):
+            raise HostError(f"/dev/loop{number} cannot be detached: {error.strerror}") from None
+
+
+def attach(image: int, volume: str, *, read_only: bool, direct: bool = False) -> str:
+    """The block device of an open image; the one that it has, if it is mapped already. ``direct``: the file is written past the page cache,
+    which it must be able to. Errors: Conflict (mapped otherwise), HostError."""
     try:
         number = mapped().get(volume)
         if number is None:
-            number = _new(image, volume, read_only)
+            number = _new(image, volume, read_only, direct)
         else:
             _check_same(number, image, volume, read_only)
         return f"/dev/loop{number}"
     except OSError as error:
         raise HostError(f"no loop device for {volume}: {error.strerror}", hint="modprobe loop; losetup --list") from None
+
+
+def resize(volume: str) -> int:
+    """Let a mapping be as large as its file is now, while it is in use; bytes. Errors: HostError (not mapped, too)."""
+    number = mapped().get(volume)
+    try:
+        if number is None:
+            raise FileNotFoundError(errno.ENOENT, "it is not mapped")
+        device = _open(number)
+        try:
+            fcntl.ioctl(device, _SET_CAPACITY)
+            return os.lseek(device, 0, os.SEEK_END)
+        finally:
+            os.close(device)
+    except OSError as error:
+        raise HostError(f"the loop device of {volume} does not grow: {error.strerror}", hint="losetup --list") from None
 
 
 def _check_same(number: int, image: int, volume: str, read_only: bool) -> None:
@@ -118,8 +183,8 @@ def _check_same(number: int, image: int, volume: str, read_only: bool) -> None:
         raise Conflict(f"volume {volume} is mapped as /dev/loop{number} in another way", hint=f"losetup --list /dev/loop{number}")
 
 
-def _new(image: int, volume: str, read_only: bool) -> int:
-    flags = _PARTITIONS | (_READ_ONLY if read_only else 0)
+def _new(image: int, volume: str, read_only: bool, direct: bool) -> int:
+    flags = _PARTITIONS | (_READ_ONLY if read_only else 0) | (_DIRECT if direct else 0)
     info = _INFO.pack(0, 0, 0, 0, 0, 0, 0, 0, flags, _name(volume, _machine()), b"", b"", 0, 0)
     control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
     try:
@@ -141,8 +206,8 @@ def _new(image: int, volume: str, read_only: bool) -> int:
     raise HostError("no loop device stays free long enough to be used", hint="losetup --list")
 
 
-def detach(volume: str, patience: float = PATIENCE, machine: str | None = None) -> None:
-    """End a volume's mapping, with all that was written through it on the disk; not mapped is success.
+def detach(volume: str, patience: float = PATIENCE, machine: str | None = None, *, flush: bool = True) -> None:
+    """End a volume's mapping, with all that was written through it on the disk (but for ``flush`` False); not mapped is success.
 
     Errors: DiskInUse (somebody has the device open or mounted; it goes when they let go, and what is written until then is the
     volume's), HostError.
@@ -153,7 +218,7 @@ def detach(volume: str, patience: float = PATIENCE, machine: str | None = None) 
         try:
             device = _open(number)
             try:
-                if not asked:
+                if flush and not asked:
                     # An error of an earlier write is told here, or never.
                     os.fsync(device)
                     asked = True

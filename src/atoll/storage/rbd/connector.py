@@ -1,12 +1,15 @@
-"""The node half: QEMU opens the image by itself; on the node there is nothing but a key in a file, while it is attached."""
+"""The node half. In user space QEMU opens the image by itself, and on the node there is nothing but a key in a file, while it is attached.
+In kernel space, and for people and OS scripts, the image becomes a block device of the node."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from atoll.model.errors import NotSupported
+from atoll.model.errors import HostError
 from atoll.model.messages import Attached, Connection
 from atoll.storage.rbd import keyring
+from atoll.storage.rbd.mapping import here, loopback
+from atoll.storage.rbd.mapping.way import Image
 from atoll.storage.rbd.options import RbdOptions
 
 
@@ -14,9 +17,11 @@ class Connector:
     """See ``Connector``."""
 
     def attach(self, connection: Connection, access: Literal["kernelspace", "userspace"]) -> Attached:
-        """See ``Connector``. Errors: PoolUnavailable (no configuration or key here), NotSupported (no device can be made)."""
-        if access != "userspace":
-            raise self._no_device()
+        """See ``Connector``. Errors: PoolUnavailable (no configuration or key here), and those of mapping."""
+        if access == "kernelspace":
+            device, way = self._mapped(connection, read_only=False)
+            node = here.give(connection.volume, device)
+            return Attached(volume=connection.volume, path=node, way=way, warning=loopback.hazard(connection.data["conf"]))
         data = connection.data
         path = keyring.lay_out(connection.volume, self._key(connection))
         secret = f"key-{connection.volume}"
@@ -49,30 +54,49 @@ class Connector:
         path = connection.secrets["keyring"].removeprefix("file:")
         return RbdOptions(data["pool"], data["namespace"], data["conf"], data["user"], path, data["user"], path, False, 61, "")
 
-    def _no_device(self) -> NotSupported:
-        return NotSupported(
-            "images in Ceph are opened by QEMU itself; this version maps none to a device",
-            hint="stop the instance, then use rbd map or rbd export on a host with Ceph's client",
+    def _mapped(self, connection: Connection, *, read_only: bool) -> tuple[str, str]:
+        data = connection.data
+        path = keyring.lay_out(connection.volume, self._key(connection))
+        image = Image(
+            volume=connection.volume,
+            conf=data["conf"],
+            pool=data["pool"],
+            namespace=data["namespace"],
+            name=data["image"],
+            user=data["user"],
+            key_file=str(path),
+            read_only=read_only,
         )
+        return here.attach(image)
 
     def map(self, connection: Connection, *, read_only: bool) -> Attached:
-        """See ``Connector``. Errors: NotSupported."""
-        raise self._no_device()
+        """See ``Connector``."""
+        device, way = self._mapped(connection, read_only=read_only)
+        return Attached(volume=connection.volume, path=device, way=way)
 
     def unmap(self, connection: Connection) -> None:
-        """See ``Connector``. Nothing is mapped."""
+        """See ``Connector``. Errors: HostError, too, where it is unmapped and what was written last may be lost."""
+        lost = here.detach(connection.volume)
+        keyring.take_away(connection.volume)
+        if lost:
+            raise HostError(f"volume {connection.volume} is no longer mapped, but what was written last may be lost: {lost}")
 
     def unmap_others(self, keep: list[str]) -> list[str]:
-        """See ``Connector``. Nothing is mapped."""
-        return []
+        """See ``Connector``."""
+        gone = sorted(set(here.volumes()) - set(keep))
+        for volume in gone:
+            here.detach(volume)
+            keyring.take_away(volume)
+        return gone
 
     def detach(self, connection: Connection) -> None:
-        """See ``Connector``."""
+        """See ``Connector``. What the guest's last writes came to, the guest has been told."""
+        here.detach(connection.volume)
         keyring.take_away(connection.volume)
 
     def resized(self, connection: Connection) -> int:
-        """See ``Connector``. QEMU is told the new size, and asks Ceph by itself."""
-        return connection.size
+        """See ``Connector``. In user space QEMU is told the new size, and asks Ceph by itself."""
+        return here.resize(connection.volume, connection.size) or connection.size
 
     def attached(self) -> list[str]:
         """See ``Connector``."""

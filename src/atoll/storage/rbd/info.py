@@ -1,13 +1,13 @@
 """What the driver can: data only."""
 
 from atoll.storage.contract import DriverInfo, Mirroring
-from atoll.storage.rbd.options import OPTIONS
+from atoll.storage.rbd.options import OPTIONS, PARAMETERS
 
 INFO = DriverInfo(
     name="rbd",
-    description="images in a Ceph cluster, which QEMU opens by itself: nothing is mapped or mounted on the node",
+    description="images in a Ceph cluster, which QEMU opens by itself (nothing is mapped or mounted on the node), or as block devices",
     mirroring=Mirroring.EXTERNAL,
-    access=frozenset({"userspace"}),
+    access=frozenset({"userspace", "kernelspace"}),
     space="shared",
     adoption="may",
     rename="offline",
@@ -18,4 +18,6 @@ INFO = DriverInfo(
     fencing=True,
     health=True,
     options=OPTIONS,
+    parameters=PARAMETERS,
+    data_roles=frozenset({"osd"}),
 )

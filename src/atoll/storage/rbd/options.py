@@ -30,6 +30,15 @@ OPTIONS = (
     Option(name="features", description="features of new images, as a number", default="61"),
     Option(name="data_pool", description="the Ceph pool for the data of new images, such as an erasure-coded one; empty: the same"),
 )
+PARAMETERS = (
+    Option(
+        name="access",
+        description="how guests reach their disks. userspace: QEMU opens the image by itself; kernelspace: QEMU is given a block device, "
+        "made with krbd, else with rbd-nbd, else with FUSE and a loop device, whichever the node can do first",
+        default="userspace",
+        choices=("userspace", "kernelspace"),
+    ),
+)
 #: layering, exclusive-lock, object-map, fast-diff, deep-flatten; others are for mirroring and for the kernel.
 _KNOWN_FEATURES = 0x1FF
 LAYERING, EXCLUSIVE_LOCK, FAST_DIFF = 1, 4, 16
