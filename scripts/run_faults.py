@@ -31,7 +31,8 @@ class Group:
     jobs: bool = True
 
 
-CEPH = tuple(f"tests/integration/test_{name}.py" for name in ("storage_rbd", "storage_rbd_snapshots", "cluster_rbd", "ceph_health"))
+_RBD = ("storage_rbd", "storage_rbd_snapshots", "storage_rbd_mapping", "cluster_rbd", "cluster_rbd_devices")
+CEPH = tuple(f"tests/integration/test_{name}.py" for name in (*_RBD, "ceph_health"))
 _STORE = ("store_sqlite", "power_cut", "store_trouble", "store_full_master", "backup", "replica", "worker", "logs")
 STORE = tuple(f"tests/unit/test_{name}.py" for name in _STORE)
 API = tuple(f"tests/unit/test_{name}.py" for name in ("rest_fuzz", "rest_roles", "rest_abuse", "httpserver"))
