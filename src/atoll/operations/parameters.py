@@ -100,7 +100,7 @@ def answer(state: State, change: Values) -> dict[str, Any]:
         told["until_then_as_before"] = before
     if risky := sorted({node for driver in change for node in hazards(state, driver)}):
         told["warning"] = (
-            f"these nodes keep data of such storage themselves: {', '.join(risky)}. A node that writes to its own storage by a block device "
-            "can stop for good when memory is short: use userspace there, or give guests and storage nodes of their own"
+            f"these nodes keep data of such storage themselves: {', '.join(risky)}. A node that writes to its own storage by a block "
+            "device can stop for good when memory is short: use userspace there, or give guests and storage nodes of their own"
         )
     return told
