@@ -220,6 +220,25 @@ def test_a_person_is_told_that_the_last_writes_are_lost(place: Place) -> None:
     assert place.traces() == []
 
 
+def test_while_ceph_does_not_answer_it_stays_mapped_and_nothing_is_lost(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = os.open(place.map(), os.O_RDWR)
+    try:
+        place.ceph.signal("osd", signal.SIGSTOP)
+        # A whole page, which needs nothing to be read first.
+        os.pwrite(device, b"late" * 1024, 0)
+        with monkeypatch.context() as hasty:
+            hasty.setattr(fuse, "_FLUSH", 1.0)
+            with pytest.raises(DeadlineExceeded, match="stays mapped"):
+                place.unmap()
+        assert records.find(place.volume) is not None
+        assert place.volume in loops.mapped()
+    finally:
+        place.ceph.signal("osd", signal.SIGCONT)
+        os.close(device)
+    place.unmap()
+    assert place.content().startswith(b"late")
+
+
 def test_two_nodes_have_it_mapped_and_write_one_after_the_other(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a migration: nothing that one has read before is shown after the other has written."""
     source = place.attach()
