@@ -9,7 +9,7 @@ import pytest
 from simsupport import EXPORT, check, dump, running, settle, stopped
 
 from atoll.lab.box import Box, simulate
-from atoll.model.errors import AlreadyExists, AtollError, HostError, InUse, InvalidInput, NotFound, WrongState
+from atoll.model.errors import AlreadyExists, AtollError, HostError, InUse, InvalidInput, NotFound, NotSupported, WrongState
 from atoll.model.objects import Claim, Instance, JobState, Volume
 from atoll.model.units import GIB
 
@@ -228,6 +228,25 @@ def test_an_export_is_made_once_and_comes_back_with_its_parameters() -> None:
         await box.do("instance.remove", "web1", timeout=1.0)
         await box.do("instance.import", name="web1", **EXPORT)
         assert instance_of(box).nics == old.nics
+        check(box)
+        await box.close()
+
+    simulate(run)
+
+
+def test_disks_without_files_are_neither_exported_nor_filled_from_one() -> None:
+    async def run() -> None:
+        box = await cluster()
+        await stopped(box)
+        await box.do("instance.export", "web1", **EXPORT)
+        await box.do("pool.add", name="ceph", driver="rbd", options={"pool": "box"})
+        await box.do("instance.add", name="web5", disks=[{"size": GIB, "pool": "ceph"}], start=False)
+        before = dump(box)
+        with pytest.raises(NotSupported, match="pool ceph has no files"):
+            await box.do("instance.export", "web5", **{**EXPORT, "path": "/srv/web5.atoll"})
+        with pytest.raises(NotSupported, match="pool ceph has no files"):
+            await box.do("instance.import", name="web6", **EXPORT, template="ceph")
+        assert dump(box) == before
         check(box)
         await box.close()
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from atoll.jobs.context import JobContext
 from atoll.jobs.steps import Settled, Undo
-from atoll.model.errors import AlreadyExists, InUse, NodeUnavailable, NotFound, WrongState
+from atoll.model.errors import AlreadyExists, InUse, NodeUnavailable, NotFound, NotSupported, WrongState
 from atoll.model.ids import new_id
 from atoll.model.objects import Instance, Node, Pool
 from atoll.model.units import format_size
@@ -19,12 +19,22 @@ from atoll.operations.running import check_runs, connect_disks, start_on, stop_o
 from atoll.operations.state import State
 
 
+def check_exportable(state: State, pool: Pool) -> None:
+    """Errors: NotSupported where exports can neither be made of a pool's disks nor filled into them."""
+    if not state.driver(pool).files:
+        raise NotSupported(
+            f"pool {pool.name} has no files, which exports are made of: its driver is {pool.driver}",
+            hint="-t POOL of another driver for an import; to copy what is there: atoll snapshot create VOLUME",
+        )
+
+
 def _check_reach(state: State, instance: Instance, node: Node) -> None:
-    """The node must reach every disk: what is written passes through no other. Errors: WrongState, NodeUnavailable."""
+    """The node must reach every disk: what is written passes through no other. Errors: WrongState, NodeUnavailable, NotSupported."""
     if node.offline or not state.answers(node.id):
         raise NodeUnavailable(f"node {node.name} {'is offline' if node.offline else 'does not answer'}", hint="atoll node list")
     for _, volume in state.volumes_of(instance):
         pool = state.store.require(Pool, volume.pool)
+        check_exportable(state, pool)
         if state.driver(pool).node_local and node.id not in (volume.node, volume.secondary):
             owner = state.store.require(Node, volume.node or "").name
             raise WrongState(f"volume {volume.name} is on node {owner}, and cannot be read on {node.name}", hint=f"export to {owner}:PATH")

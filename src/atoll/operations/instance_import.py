@@ -13,6 +13,7 @@ from atoll.model.objects import Instance, Node, Pool, Volume
 from atoll.operations.common import check_new_name, check_pool_open, check_size_for, check_usable, frozen, locks, name_lock
 from atoll.operations.importing import DAY, LONG
 from atoll.operations.instance_add import make_instance, plan_add
+from atoll.operations.instance_export import check_exportable
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import InstanceAdd, InstanceImport
 from atoll.operations.state import State
@@ -83,6 +84,7 @@ def _plan(state: State, request: dict[str, Any], found: dict[str, Any]) -> dict[
     wanted = _as_request(state, request, found)
     plan = plan_add(state, wanted)
     for volume, disk in zip(plan["volumes"], found["disks"], strict=True):
+        check_exportable(state, state.store.require(Pool, volume["pool"]))
         if volume["size"] != check_size_for(state.driver(state.store.require(Pool, volume["pool"])), disk["size"]):
             raise InvalidInput("the sizes of the exported disks cannot be kept here")
         volume["worker"] = request["node"]

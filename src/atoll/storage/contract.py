@@ -55,6 +55,8 @@ class DriverInfo(BaseModel):
     snapshots: bool = False
     clones: bool = False
     exclusive_lock: bool = False
+    #: Its images are files of the node, which exports are made from and filled into.
+    files: bool = True
     #: Its pool half needs a credential that not every node shall have: it runs on nodes with the role ``storage-controller``, if the pool's
     #: groups have any.
     runs_on: Literal["nodes", "controllers"] = "nodes"

@@ -14,6 +14,7 @@ INFO = DriverInfo(
     snapshots=True,
     clones=True,
     exclusive_lock=True,
+    files=False,
     runs_on="controllers",
     fencing=True,
     health=True,
