@@ -198,16 +198,20 @@ class StorageOrders:
             ref = PoolRef(**disk["ref"])
             name = {"logical_id": disk["logical_id"]}
             found: dict[str, Any] = {"volume": disk["volume"], "pool": ref.id}
-            found["stat"] = await self._storage.pool(ref, "stat", QUICK, **name)
+            if disk.get("fence"):
+                found |= await self._storage.pool(ref, "ready", QUICK, **name, whom=disk["fence"], volume=disk["volume"])
+                if out := found.pop("out"):
+                    report(Progress(text=f"shut out of {disk['volume']}: {', '.join(out)}"))
+                if found["writers"]:
+                    found["writers"] = await self._writers(ref, disk["logical_id"], args.get("patience", 0.0))
+                    if not found["writers"]:
+                        # Who has died without a word has left his lock.
+                        await self._storage.pool(ref, "fence", QUICK, **name, whom="none")
+            else:
+                found["stat"] = await self._storage.pool(ref, "stat", QUICK, **name)
+                if found["stat"] is not None:
+                    found["writers"] = await self._writers(ref, disk["logical_id"], args.get("patience", 0.0))
             if found["stat"] is not None:
-                if disk.get("fence"):
-                    out = await self._storage.pool(ref, "fence", QUICK, **name, whom=disk["fence"], volume=disk["volume"])
-                    if out:
-                        report(Progress(text=f"shut out of {disk['volume']}: {', '.join(out)}"))
-                found["writers"] = await self._writers(ref, disk["logical_id"], args.get("patience", 0.0))
-                if disk.get("fence") and not found["writers"]:
-                    # Who has died without a word has left his lock.
-                    await self._storage.pool(ref, "fence", QUICK, **name, whom="none")
                 found["connection"] = await self._storage.pool(
                     ref, "connection", QUICK, **name, volume=disk["volume"], size=disk["size"], node=disk.get("node", "")
                 )
@@ -217,11 +221,14 @@ class StorageOrders:
 
     async def note(self, args: dict[str, Any], report: Report) -> Any:
         """Let the storage remember who has disks open now. It is only the sooner believed of them that they are gone: so it may fail."""
-        for disk in args["disks"]:
+
+        async def one(disk: dict[str, Any]) -> None:
             try:
                 await self._storage.pool(PoolRef(**disk["ref"]), "note", QUICK, logical_id=disk["logical_id"])
             except AtollError as error:
                 report(Progress(text=f"{disk['volume']}: {error.message}"))
+
+        await asyncio.gather(*(one(disk) for disk in args["disks"]))
 
     async def revoke(self, args: dict[str, Any], report: Report) -> Any:
         """Take a node's rights for disks that it has let go. The next start does so too, before it: so it may fail."""

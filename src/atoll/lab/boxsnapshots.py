@@ -22,6 +22,12 @@ class BoxSnapshots:
     def _find(self, ref: PoolRef, logical_id: str) -> dict[str, Any]:
         raise NotImplementedError
 
+    def _stat(self, ref: PoolRef, logical_id: str) -> Any:
+        raise NotImplementedError
+
+    def _writers(self, ref: PoolRef, logical_id: str) -> Any:
+        raise NotImplementedError
+
     def _create(self, ref: PoolRef, spec: dict[str, Any]) -> str:
         raise NotImplementedError
 
@@ -61,6 +67,10 @@ class BoxSnapshots:
 
     def _fence(self, ref: PoolRef, logical_id: str, whom: str, volume: str = "") -> Any:
         return []
+
+    def _ready(self, ref: PoolRef, logical_id: str, whom: str, volume: str = "") -> Any:
+        stat = self._stat(ref, logical_id)
+        return {"stat": stat, "out": [], "writers": self._writers(ref, logical_id) if stat else []}
 
     def _revoke(self, ref: PoolRef, volume: str, node: str = "") -> None:
         return None

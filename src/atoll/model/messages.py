@@ -136,6 +136,14 @@ class Writer(Wire):
     node: str | None = None
 
 
+class Readiness(Wire):
+    """Whether a guest may have an image now. ``stat`` None: it is not there. ``out``: who was shut out for that."""
+
+    stat: VolumeStat | None
+    out: list[str] = Field(default_factory=list)
+    writers: list[Writer] = Field(default_factory=list)
+
+
 class PoolStatus(Wire):
     """The outcome of a pool check on one node. ``ok`` False comes with ``reason``, and where it can with what to type (``hint``)."""
 

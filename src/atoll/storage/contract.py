@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from pydantic import BaseModel, ConfigDict, Field
 
 from atoll.model.health import Health
-from atoll.model.messages import Attached, Connection, PoolRef, PoolStatus, SnapshotStat, Space, VolumeStat, Waiting, Writer
+from atoll.model.messages import Attached, Connection, PoolRef, PoolStatus, Readiness, SnapshotStat, Space, VolumeStat, Waiting, Writer
 
 
 class Mirroring(StrEnum):
@@ -169,6 +169,9 @@ class FencingPool(PoolDriver, Protocol):
     def fence(self, logical_id: str, whom: Literal["none", "known", "all"], volume: str = "") -> list[str]:
         """Shut out, for good, who may still write it: nobody, those that were noted (who are known to be gone), or everybody; and remove
         what the dead have left. With a ``volume``, the rights that nodes had for it go first. Who was shut out. Errors: NotFound."""
+
+    def ready(self, logical_id: str, whom: Literal["none", "known", "all"], volume: str = "") -> Readiness:
+        """``stat``, ``fence`` and ``writers`` in one, for a guest that shall start: with one look where nobody has the image open."""
 
     def revoke(self, volume: str, node: str = "") -> None:
         """Take the rights that a node (all: empty) had for a volume; none is success."""

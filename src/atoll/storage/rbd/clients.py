@@ -106,6 +106,17 @@ def _lockers(image: Any) -> list[tuple[str, str, str]]:
     return [(client, cookie, plain(address)) for client, cookie, address in found["lockers"]] if found else []
 
 
+def quiet(link: Link, image: Any, whom: Whom) -> bool:
+    """Whether ``fence`` has nothing to do: nobody has it open, no lock is left, and nobody who could come back is known."""
+    if strangers(link, image) or _lockers(image):
+        return False
+    key = _GUEST + image.id()
+    noted = remembered(link, key).get(key)
+    if noted and whom != "all":
+        drop(link, key)
+    return not noted or whom != "all"
+
+
 def note(link: Link, name: str) -> list[str]:
     """Remember who has the image open now: a guest that has just been started, or both sides of a migration."""
     with opened(link, name) as image:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from atoll.model.errors import AtollError, NotSupported, PoolUnavailable
 from atoll.model.health import Health
-from atoll.model.messages import Connection, PoolRef, PoolStatus, SnapshotStat, Space, VolumeStat, Waiting, Writer
+from atoll.model.messages import Connection, PoolRef, PoolStatus, Readiness, SnapshotStat, Space, VolumeStat, Waiting, Writer
 from atoll.storage.contract import VolumeSpec
 from atoll.storage.rbd import connections, options
 
@@ -169,6 +169,17 @@ class Pool:
             if volume and whom != "none":
                 minting.revoke(link, self._options, volume)
             return clients.fence(link, logical_id, whom)
+
+    def ready(self, logical_id: str, whom: clients.Whom, volume: str = "") -> Readiness:
+        """See ``FencingPool``."""
+        with self._using(f"making image {logical_id} ready") as link:
+            if volume and whom != "none":
+                minting.revoke(link, self._options, volume)
+            stat, quiet = images.glance(link, logical_id, whom)
+            if stat is None or quiet:
+                return Readiness(stat=stat)
+            out = clients.fence(link, logical_id, whom)
+        return Readiness(stat=stat, out=out, writers=self.writers(logical_id))
 
     def revoke(self, volume: str, node: str = "") -> None:
         """See ``FencingPool``."""
