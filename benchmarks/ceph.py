@@ -1,4 +1,5 @@
-"""``ceph``: a Ceph cluster that is built, and disks in it: librbd called bare, the ``rbd`` command and Atoll in turns; the data path, a migration."""
+"""``ceph``: a Ceph cluster that is built, and disks in it: librbd called bare, the ``rbd`` command and Atoll in turns; the data path,
+a migration."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ class CephCluster:
         self.options |= {"node_user": "atoll-node", "node_keyring": f"{ETC}/ceph.client.atoll-node.keyring"}
         made.api.do("POST", "/v1/pools", name="vms", driver="rbd", options=self.options)
         row = made.api.get("/v1/pools/vms")
-        self.ref = PoolRef(id=row["id"], name="vms", driver="rbd", options=row["options"], node="node1", cluster=made.api.get("/v1/cluster")["id"]).model_dump(mode="json")
+        self.ref = PoolRef(id=row["id"], name="vms", driver="rbd", options=row["options"], node="node1").model_dump(mode="json")
 
     def bare(self, what: str, **args: Any) -> Any:
         """Something of ``benchmarks.librbd``, on the node where Atoll's pool half works."""
@@ -106,7 +107,9 @@ def _operations(there: CephCluster, image: GuestImage) -> Iterator[Record]:
         yield record(f"rbd {what}", value, "ms", peer=name, peer_value=peer, target=peer + OWN_MS)
         command = "rbd status, which only opens it" if what == "attach" else "rbd command"
         # The commands were measured half as often: they take so long that it makes no difference.
-        yield record(f"rbd {what}, against the command", value, "ms", peer=command, peer_value=statistics.median(words[what]), ratio_target=1)
+        yield record(
+            f"rbd {what}, against the command", value, "ms", peer=command, peer_value=statistics.median(words[what]), ratio_target=1
+        )
 
 
 def _box(api: Api, image: GuestImage, made: Cluster) -> list[str]:

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.librbd``: librbd called bare, and the ``rbd`` command, in a node. Reads what to do as JSON from its input, and prints
+"""``python -m benchmarks.librbd``: librbd called bare, and the ``rbd`` command, in a node. Reads what to do as JSON, and prints
 milliseconds (rates, CPU) as JSON. Nothing of Atoll is between, but in ``collector`` and ``blockdev``, which are measured themselves."""
 
 from __future__ import annotations

@@ -227,7 +227,7 @@ def traces(cluster: RbdCluster, volume: str) -> list[str]:
     [
         ("agent", "agent:volume.create:after"),
         ("agent", "agent:disks.revoke:before"),
-        ("master", "note who writes"),
+        ("master", "start guest"),
         pytest.param("agent", "agent:guest.start:after", marks=LONG),
         pytest.param("agent", "agent:disks.note:after", marks=LONG),
         pytest.param("agent", "agent:volume.delete:after", marks=LONG),

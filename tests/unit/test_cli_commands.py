@@ -135,6 +135,7 @@ CASES: list[tuple[str, Sent]] = [
     ),
     ("atoll snapshot tag then a=b", ("snapshot.tags", "then", {"add": ["a=b"]})),
     ("atoll snapshot delete then -f", ("snapshot.delete", "then", {})),
+    ("atoll volume flatten spare", ("volume.flatten", "spare", {})),
     ("atoll volume grow spare 512", ("volume.grow", "spare", {"increment": 512 * MIB})),
     ("atoll volume grow spare 2G --absolute", ("volume.grow", "spare", {"size": 2 * GIB})),
     ("atoll volume rename spare v9", ("volume.rename", "spare", {"new_name": "v9"})),

@@ -18,6 +18,8 @@ from atoll.storage.contract import StorageAccess
 
 #: Seconds for calls that touch metadata only, and for those that may write a whole image (preallocation, sync).
 QUICK, LONG = 30.0, 3600.0
+#: For copying a terabyte.
+HOURS = 82000.0
 #: Seconds for a sample of how the storage is; a child that takes longer is replaced.
 WATCH = 10.0
 #: For those that may have to wait until the storage gives up a dead client, which takes Ceph 30 seconds.
@@ -156,6 +158,8 @@ class StorageOrders:
         handlers: dict[str, Handler] = {name: self._pool(method, deadline) for name, (method, deadline) in simple.items()}
         handlers["pool.unprepare"] = self.unprepare
         handlers["volume.uncreate"] = self.uncreate
+        handlers["volume.flatten"] = self.flatten
+        handlers["volume.unflatten"] = self.unflatten
         handlers["disks.connect"] = self.connect
         handlers["disks.note"] = self.note
         handlers["disks.revoke"] = self.revoke
@@ -168,7 +172,9 @@ class StorageOrders:
         async def handler(args: dict[str, Any], report: Report) -> Any:
             ref = PoolRef(**args["ref"])
             rest = {k: v for k, v in args.items() if k != "ref"}
-            return await self._storage.pool(ref, method, deadline, **rest)
+            # What may write for an hour leaves room to other calls, and is one of few.
+            quick = method in ("create", "clone") and registry.info(ref.driver).quick
+            return await self._storage.pool(ref, method, QUICK if quick else deadline, **rest)
 
         return handler
 
@@ -179,6 +185,18 @@ class StorageOrders:
             await self._storage.pool(PoolRef(**args["ref"]), "forget", QUICK)
         except (InvalidInput, PoolUnavailable) as error:
             report(Progress(text=f"nothing to take back: {error.message}"))
+
+    async def flatten(self, args: dict[str, Any], report: Report) -> Any:
+        """Copy what an image reads of others into it; whether there was anything."""
+        ref = PoolRef(**args["ref"])
+
+        def told(percent: float) -> None:
+            report(Progress(percent=percent, text="copying"))
+
+        return await self._storage.pool(ref, "flatten", HOURS, told, logical_id=args["logical_id"])
+
+    async def unflatten(self, args: dict[str, Any], report: Report) -> Any:
+        """Nothing is taken back: the worker that copied ended with the order, and what it has copied stays copied."""
 
     async def uncreate(self, args: dict[str, Any], report: Report) -> Any:
         """The undo of a creation: delete by what the creation would have made, whether or not its logical id was ever told."""

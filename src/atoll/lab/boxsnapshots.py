@@ -58,9 +58,12 @@ class BoxSnapshots:
         if made is None:
             raise NotFound(f"there is no snapshot {snapshot}")
         logical_id = self._create(ref, spec)
-        self._find(ref, logical_id)["content"] = made["content"]
+        self._find(ref, logical_id).update(content=made["content"], parent=snapshot)
         self._disks.world.images[spec["volume"]] = made["records"]
         return logical_id
+
+    def _flatten(self, ref: PoolRef, logical_id: str) -> bool:
+        return self._find(ref, logical_id).pop("parent", None) is not None
 
     def _note(self, ref: PoolRef, logical_id: str) -> Any:
         return []

@@ -12,6 +12,7 @@ from atoll.lab.boxsnapshots import BoxSnapshots
 from atoll.model.errors import AlreadyExists, Conflict, HostError, NotFound, PoolFull, PoolUnavailable, ShrinkRefused
 from atoll.model.messages import GuestDisk, PoolRef, Progress
 from atoll.rpc.contract import Report
+from atoll.runtime.worker import Told, nobody
 from atoll.storage import registry
 
 #: Called before and after each effect with (node, method, phase); may raise or wait.
@@ -112,7 +113,7 @@ class BoxStorage(BoxSnapshots):
     def __init__(self, disks: SharedDisks, node: str) -> None:
         self._disks, self._node = disks, node
 
-    async def pool(self, ref: PoolRef, method: str, deadline: float, **args: Any) -> Any:
+    async def pool(self, ref: PoolRef, method: str, deadline: float, told: Told = nobody, **args: Any) -> Any:
         """See ``StorageAccess``."""
         why = self._disks.stalled.get(self._node, {}).get(ref.id)
         if why and method != "health":

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from atoll.model.health import Health
 from atoll.model.messages import Attached, Connection, PoolRef, PoolStatus, Readiness, SnapshotStat, Space, VolumeStat, Waiting, Writer
+from atoll.runtime.worker import Told, nobody
 
 
 class Mirroring(StrEnum):
@@ -62,6 +63,8 @@ class DriverInfo(BaseModel):
     fencing: bool = False
     #: Its pool half is a ``WatchedPool``: the storage is a service that tells how it is.
     health: bool = False
+    #: Making a volume, also from a snapshot, takes a moment whatever its size: no data are written.
+    quick: bool = False
     #: Largest size of a volume, in bytes.
     max_size: int = 1 << 60
     #: Sizes are rounded up to a multiple of this, in bytes.
@@ -209,6 +212,11 @@ class SnapshotPool(PoolDriver, Protocol):
         """Make a volume that begins with what the snapshot (a logical id) holds; gives its logical id.
         Errors: NotFound, ShrinkRefused (it is larger), PoolFull, Conflict."""
 
+    def flatten(self, logical_id: str) -> bool:
+        """Give the image all that it still reads of what it was made from, also while a guest writes it; whether there was anything.
+        What was copied before it was broken off stays copied: repeating it goes on. It tells how far it is (``runtime.percent``).
+        Errors: NotFound, DiskInUse (its guest may not write to what it reads)."""
+
     def waiting(self) -> list[Waiting]:
         """What was deleted and is still there, and why."""
 
@@ -262,8 +270,8 @@ class StorageAccess(Protocol):
     PoolUnavailable when the pool is stalled.
     """
 
-    async def pool(self, ref: PoolRef, method: str, deadline: float, **args: Any) -> Any:
-        """Call the pool half."""
+    async def pool(self, ref: PoolRef, method: str, deadline: float, told: Told = nobody, **args: Any) -> Any:
+        """Call the pool half. ``told`` hears how far it is, in percent, where the driver tells."""
 
     async def connector(self, pool: str, driver: str, method: str, deadline: float, **args: Any) -> Any:
         """Call the node half, in the worker of the pool with this id."""

@@ -17,6 +17,7 @@ INFO = DriverInfo(
     runs_on="controllers",
     fencing=True,
     health=True,
+    quick=True,
     options=OPTIONS,
     parameters=PARAMETERS,
     data_roles=frozenset({"osd"}),

@@ -143,6 +143,11 @@ class Pool:
                 images.refuse_full(space.space(link, self._options).free, self._options)
             return snaps.clone(link, self._options, spec, snapshot, self.ref.id)
 
+    def flatten(self, logical_id: str) -> bool:
+        """See ``SnapshotPool``."""
+        with self._using(f"copying what image {logical_id} reads of others") as link:
+            return snaps.flatten(link, self._options, logical_id, self.ref.id)
+
     def waiting(self) -> list[Waiting]:
         """See ``SnapshotPool``."""
         with self._using("looking at what was deleted") as link:

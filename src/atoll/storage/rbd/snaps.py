@@ -16,6 +16,7 @@ import rbd
 from atoll.model.errors import Conflict, DiskInUse, InvalidInput, NotFound, NotSupported, ShrinkRefused
 from atoll.model.messages import SnapshotStat, Waiting
 from atoll.model.units import format_size
+from atoll.runtime import percent
 from atoll.storage.contract import VolumeSpec
 from atoll.storage.rbd import clients, images
 from atoll.storage.rbd.connections import Link
@@ -136,6 +137,32 @@ def _finished(link: Link, name: str, spec: VolumeSpec) -> bool:
             return done
     except NotFound:
         return False
+
+
+def _told(done: int, total: int) -> int:
+    percent.tell(100.0 * done / max(total, 1))
+    return 0
+
+
+def flatten(link: Link, options: RbdOptions, logical_id: str, pool: str) -> bool:
+    """Copy what the image reads of others into it; whether there was anything. Where a guest has it open, its QEMU does that.
+
+    Errors: NotFound, DiskInUse.
+    """
+    with clients.opened(link, logical_id, read_only=False) as image:
+        try:
+            image.get_parent_image_spec()
+        except rbd.ImageNotFound:
+            return False
+        if options.isolated and clients.strangers(link, image):
+            raise DiskInUse(
+                f"image {logical_id} is open, and its guest's Ceph user may not tell the image that it was made from that it is done",
+                hint="stop its instance first, with isolation=volume",
+            )
+        image.flatten(on_progress=_told)
+    # What only this one had kept can go.
+    images.sweep(link, pool)
+    return True
 
 
 def everything(link: Link) -> list[SnapshotStat]:
