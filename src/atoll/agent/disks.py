@@ -140,6 +140,7 @@ class StorageOrders:
             "pool.space": ("space", QUICK),
             "pool.probe": ("probe_writers", QUICK),
             "pool.health": ("health", WATCH),
+            "pool.images": ("images", QUICK),
             "volume.create": ("create", LONG),
             "volume.clone": ("clone", LONG),
             "volume.delete": ("delete", QUICK),

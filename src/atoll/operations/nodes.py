@@ -246,7 +246,11 @@ async def _run_welcome(job: JobContext, request: dict[str, Any]) -> Any:
     def plan() -> dict[str, Any]:
         state: State = job.state
         node = state.store.require(Node, request["id"])
-        pools = [p for p in state.store.all(Pool) if node.group in p.groups and node in state.managers(state.driver(p), p.groups)]
+        pools = [
+            p
+            for p in state.store.all(Pool)
+            if not p.observed and node.group in p.groups and node in state.managers(state.driver(p), p.groups)
+        ]
         return {"name": node.name, "pools": [(p.id, state.ref(p, node).model_dump(mode="json")) for p in pools]}
 
     decided = await job.read("plan", plan)

@@ -13,8 +13,21 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from atoll.model.errors import PoolObserved
 from atoll.model.health import Health
-from atoll.model.messages import Attached, Connection, PoolRef, PoolStatus, Readiness, SnapshotStat, Space, VolumeStat, Waiting, Writer
+from atoll.model.messages import (
+    Attached,
+    Connection,
+    ImageSeen,
+    PoolRef,
+    PoolStatus,
+    Readiness,
+    SnapshotStat,
+    Space,
+    VolumeStat,
+    Waiting,
+    Writer,
+)
 from atoll.runtime.worker import Told, nobody
 
 
@@ -63,6 +76,8 @@ class DriverInfo(BaseModel):
     fencing: bool = False
     #: Its pool half is a ``WatchedPool``: the storage is a service that tells how it is.
     health: bool = False
+    #: Its pool half is an ``ObservingPool``: it can look at storage that is nobody's pool, with rights that only allow that.
+    observe: bool = False
     #: Making a volume, also from a snapshot, takes a moment whatever its size: no data are written.
     quick: bool = False
     #: Largest size of a volume, in bytes.
@@ -187,6 +202,25 @@ class WatchedPool(PoolDriver, Protocol):
     def health(self) -> Health:
         """One sample. It is taken every few seconds, also while calls that touch data hang: it waits for nothing that does. What cannot be
         told in a second or two is left out, and the sample says so. Errors: PoolUnavailable (nobody answers)."""
+
+
+#: What the pool half does for a pool that is only looked at. None of these writes.
+LOOKS = frozenset({"check", "space", "health", "volumes", "stat", "writers", "snapshots", "waiting", "images"})
+
+
+def refuse_observed(ref: PoolRef, method: str) -> None:
+    """Errors: PoolObserved for what might write to a pool that is only looked at."""
+    if ref.observed and method not in LOOKS:
+        raise PoolObserved(f"pool {ref.name} is only observed: {method} might write to it")
+
+
+@runtime_checkable
+class ObservingPool(PoolDriver, Protocol):
+    """The pool half of storage that can be looked at without being marked (``DriverInfo.observe``). With ``ref.observed`` it looks at no
+    mark, and leaves nothing of itself."""
+
+    def images(self) -> list[ImageSeen]:
+        """All images, other people's included, and who has them open. Errors: PoolUnavailable."""
 
 
 @runtime_checkable

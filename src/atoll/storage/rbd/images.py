@@ -13,7 +13,7 @@ import rados
 import rbd
 
 from atoll.model.errors import Conflict, DiskInUse, InvalidInput, InvalidSize, NotFound, PoolFull, ShrinkRefused
-from atoll.model.messages import VolumeStat
+from atoll.model.messages import ImageSeen, VolumeStat
 from atoll.model.units import format_size
 from atoll.storage.contract import VolumeSpec
 from atoll.storage.rbd import clients
@@ -126,6 +126,30 @@ def everything(link: Link) -> list[VolumeStat]:
             return VolumeStat(logical_id=name, size=0, volume=volume_of(name))
 
     names = sorted(name for name in rbd.RBD().list(link.ioctx) if not name.startswith((HIDDEN, KEPT)))
+    with ThreadPoolExecutor(_LOOKERS) as pool:
+        return list(pool.map(one, names))
+
+
+def seen(link: Link) -> list[ImageSeen]:
+    """All images with who has them open, in the order of their names; the pool's own probe is none. It only reads."""
+
+    def one(name: str) -> ImageSeen:
+        try:
+            with clients.opened(link, name) as image:
+                who = [f"the Ceph client at {address}" for address in clients.strangers(link, image)]
+                made = [snap["name"] for snap in user_snapshots(image)]
+                try:
+                    spec = image.get_parent_image_spec()
+                    parent = f"{spec['image_name']}@{spec['snap_name']}"
+                except rbd.ImageNotFound:
+                    parent = ""
+                modified = image.modify_timestamp().timestamp()
+                facts = {"modified": modified, "writers": who, "snapshots": made, "parent": parent}
+                return ImageSeen(name=name, size=image.size(), volume=volume_of(name), **facts)
+        except NotFound:
+            return ImageSeen(name=name, size=0, volume=volume_of(name))
+
+    names = sorted(name for name in rbd.RBD().list(link.ioctx) if not name.startswith(HIDDEN))
     with ThreadPoolExecutor(_LOOKERS) as pool:
         return list(pool.map(one, names))
 

@@ -17,6 +17,7 @@ INFO = DriverInfo(
     runs_on="controllers",
     fencing=True,
     health=True,
+    observe=True,
     quick=True,
     options=OPTIONS,
     parameters=PARAMETERS,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from atoll.model.errors import AtollError, NotSupported, PoolUnavailable
 from atoll.model.health import Health
-from atoll.model.messages import Connection, PoolRef, PoolStatus, Readiness, SnapshotStat, Space, VolumeStat, Waiting, Writer
+from atoll.model.messages import Connection, ImageSeen, PoolRef, PoolStatus, Readiness, SnapshotStat, Space, VolumeStat, Waiting, Writer
 from atoll.storage.contract import VolumeSpec
 from atoll.storage.rbd import connections, options
 
@@ -36,7 +36,8 @@ class Pool:
     def _using(self, what: str, *, unmarked: bool = False) -> Any:
         chosen = self._options
         with connections.using(chosen, what) as link:
-            if not unmarked:
+            # Nothing is written to what is only looked at, and it may be anybody's.
+            if not unmarked and not self.ref.observed:
                 marks.check(link.ioctx, self.ref, chosen.where)
                 clients.introduce(link, self.ref.node)
             yield link
@@ -120,6 +121,11 @@ class Pool:
         """See ``PoolDriver``."""
         with self._using("listing images") as link:
             return images.everything(link)
+
+    def images(self) -> list[ImageSeen]:
+        """See ``ObservingPool``."""
+        with self._using("listing images") as link:
+            return images.seen(link)
 
     def snapshot(self, logical_id: str, snapshot: str) -> SnapshotStat:
         """See ``SnapshotPool``."""
