@@ -141,6 +141,7 @@ class StorageOrders:
             "pool.probe": ("probe_writers", QUICK),
             "pool.health": ("health", WATCH),
             "pool.images": ("images", QUICK),
+            "pool.readmit": ("readmit", QUICK),
             "volume.create": ("create", LONG),
             "volume.clone": ("clone", LONG),
             "volume.delete": ("delete", QUICK),
@@ -243,7 +244,7 @@ class StorageOrders:
 
         async def one(disk: dict[str, Any]) -> None:
             try:
-                await self._storage.pool(PoolRef(**disk["ref"]), "note", QUICK, logical_id=disk["logical_id"])
+                await self._storage.pool(PoolRef(**disk["ref"]), "note", QUICK, logical_id=disk["logical_id"], node=disk.get("node", ""))
             except AtollError as error:
                 report(Progress(text=f"{disk['volume']}: {error.message}"))
 

@@ -65,7 +65,10 @@ class BoxSnapshots:
     def _flatten(self, ref: PoolRef, logical_id: str) -> bool:
         return self._find(ref, logical_id).pop("parent", None) is not None
 
-    def _note(self, ref: PoolRef, logical_id: str) -> Any:
+    def _note(self, ref: PoolRef, logical_id: str, node: str = "") -> Any:
+        return []
+
+    def _readmit(self, ref: PoolRef, node: str) -> Any:
         return []
 
     def _fence(self, ref: PoolRef, logical_id: str, whom: str, volume: str = "") -> Any:

@@ -181,8 +181,12 @@ class PoolDriver(Protocol):
 class FencingPool(PoolDriver, Protocol):
     """The pool half of storage that can shut writers out (``DriverInfo.fencing``)."""
 
-    def note(self, logical_id: str) -> list[str]:
-        """Remember who has it open now: the guest that was just started, or both sides of a migration."""
+    def note(self, logical_id: str, node: str = "") -> list[str]:
+        """Remember who has it open now: the guest that was just started on the node (its name), or both sides of a migration to it."""
+
+    def readmit(self, node: str) -> list[str]:
+        """Let those in again who were shut out as guests of the node: it is back, and has said that none of them is left. Others stay shut
+        out. Who was let in."""
 
     def fence(self, logical_id: str, whom: Literal["none", "known", "all"], volume: str = "") -> list[str]:
         """Shut out, for good, who may still write it: nobody, those that were noted (who are known to be gone), or everybody; and remove

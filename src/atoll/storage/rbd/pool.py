@@ -169,10 +169,15 @@ class Pool:
         with self._using(f"asking who has image {logical_id} open") as link, clients.opened(link, logical_id) as image:
             return [Writer(who=f"the Ceph client at {address}") for address in clients.strangers(link, image)]
 
-    def note(self, logical_id: str) -> list[str]:
+    def note(self, logical_id: str, node: str = "") -> list[str]:
         """See ``FencingPool``."""
         with self._using(f"asking who has image {logical_id} open") as link:
-            return clients.note(link, logical_id)
+            return clients.note(link, logical_id, node)
+
+    def readmit(self, node: str) -> list[str]:
+        """See ``FencingPool``."""
+        with self._using(f"letting clients of node {node} in again") as link:
+            return clients.readmit(link, node)
 
     def fence(self, logical_id: str, whom: clients.Whom, volume: str = "") -> list[str]:
         """See ``FencingPool``."""
