@@ -212,7 +212,7 @@ def pool(item: Pool, index: Index) -> Row:
 
 def capabilities(driver: DriverInfo) -> Row:
     """What a driver can, without its options."""
-    found = driver.model_dump(mode="json", exclude={"options", "name", "parameters", "data_roles"})
+    found = driver.model_dump(mode="json", exclude={"options", "name", "parameters", "data_roles", "quick"})
     found["access"] = sorted(found["access"])
     found["mirrored"], found["node_local"] = driver.mirrored, driver.node_local
     return found
