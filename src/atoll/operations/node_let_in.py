@@ -31,8 +31,13 @@ async def let_in_again(job: JobContext, node: str) -> tuple[list[str], dict[str,
     if not decided["pools"]:
         return [], {}
     guests = await job.look("what runs", node, "guest.list", {}, accept=lambda _: None, deadline=30.0, even_dead=True)
-    if left := sorted(g["instance"] for g in guests if g["instance"] not in decided["own"] and g["state"] != "gone"):
-        words = f"{', '.join(left)} runs on {decided['name']}, and is not known to be its own"
+    there = {g["instance"] for g in guests if g["state"] != "gone"}
+    try:
+        there |= set(await job.look("what is mapped", node, "disks.mapped", {}, accept=lambda _: None, deadline=30.0, even_dead=True))
+    except NotFound:
+        pass  # an agent one version behind maps nothing
+    if left := sorted(there - set(decided["own"])):
+        words = f"{', '.join(left)} has disks open on {decided['name']}, and is not known to be its own"
         return [], {pool: words for pool, _, _ in decided["pools"]}
     let_in: list[str] = []
     kept: dict[str, str] = {}
