@@ -42,7 +42,7 @@ lint:  ## style, types, and who imports whom
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 
-bench:  ## measures the control plane, about five minutes (ONLY="cli instances jobs volumes idle scale migration": some of it)
+bench:  ## measures the control plane, about nine minutes (ONLY="cli instances jobs volumes idle scale migration ceph": some of it)
 	@scripts/setup.sh test
 	@.venv/bin/python -m benchmarks $(ONLY)
 

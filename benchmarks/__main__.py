@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from benchmarks import records
 
-PIECES = ("cli", "instances", "jobs", "volumes", "idle", "scale", "migration")
+PIECES = ("cli", "instances", "jobs", "volumes", "idle", "scale", "migration", "ceph")
 
 
 def main() -> int:

@@ -137,11 +137,13 @@ def until(condition: Callable[[], Any], seconds: float) -> Any:
 
 
 @contextmanager
-def cluster(name: str, *, pools: bool = True, hypervisor: str = "fake", binds: list[str] | None = None) -> Iterator[Cluster]:
-    """Make one with the pools ``shared`` (sharedfile) and ``local`` (file), and remove it."""
+def cluster(
+    name: str, *, pools: bool = True, hypervisor: str = "fake", binds: list[str] | None = None, disks: int = 0
+) -> Iterator[Cluster]:
+    """Make one with the pools ``shared`` (sharedfile) and ``local`` (file), and remove it. ``disks``: spare ones of each node, as root."""
     name = f"{name}{os.getpid()}"
     remove(name)
-    lab: AnyLab = Lab.create(name, 3, binds=binds or []) if os.geteuid() == 0 else ProcessLab.create(name, 3)
+    lab: AnyLab = Lab.create(name, 3, binds=binds or [], disks=disks) if os.geteuid() == 0 else ProcessLab.create(name, 3)
     try:
         make_cluster(lab, hypervisor)
         made = Cluster(lab)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from atoll.lab.bringup import AnyNode
@@ -39,15 +39,21 @@ def run() -> Iterator[Record]:
     with cluster("bm", hypervisor="qemu", binds=[str(CACHE)]) as made:
         bare: list[tuple[float, float]] = []
         ours: list[tuple[float, float, float]] = []
-        line = _add(made, image)
+        line = add(made, image, "shared")
+        disk = f"{made.lab.shared}/by-hand.raw"
+        made.first.exec(["sh", "-c", f"truncate -s {DISK} {disk}; chmod 666 {disk}"], check=True)
+
+        def other(word: str) -> str:
+            return re.sub(r'"filename": *"[^"]*"', f'"filename": "{disk}"', word)
+
         made.api.do("POST", "/v1/instances/web/stop", timeout=0)
         for number in range(ROUNDS):
-            bare.append(by_hand(made, line, number))
+            bare.append(by_hand(made, line, number, other))
         made.api.do("POST", "/v1/instances/web/start", node="node2")
         ours += [by_atoll(made, number) for number in range(2 * ROUNDS)]
         made.api.do("POST", "/v1/instances/web/stop", timeout=0)
         for number in range(ROUNDS, 2 * ROUNDS):
-            bare.append(by_hand(made, line, number))
+            bare.append(by_hand(made, line, number, other))
     for index, (what, target) in enumerate((("live migration, QEMU's total time", 1.5), ("live migration, the writer's pause", 1.5))):
         middle = statistics.median(found[index] for found in bare)
         yield record(what, statistics.median(found[index] for found in ours), "ms", peer=PEER, peer_value=middle, ratio_target=target)
@@ -95,13 +101,17 @@ class Console:
 # --- by Atoll ---
 
 
-def _add(made: Cluster, image: GuestImage) -> list[str]:
-    """Make the guest on node2; its command line."""
+def add(made: Cluster, image: GuestImage, pool: str) -> list[str]:
+    """Make the guest, which writes all the time, on node2; its command line."""
     made.api.do(
-        "POST", "/v1/instances", name="web", template="shared", disks=[{"size": DISK}], memory=MEMORY, node="node2",
+        "POST", "/v1/instances", name="web", template=pool, disks=[{"size": DISK}], memory=MEMORY, node="node2",
         kernel=str(image.kernel), initrd=str(image.initrd), append=append(ctr="vda", ctrdelay=DELAY),
     )  # fmt: skip
-    node = made.lab.node("node2")
+    return command_of(made.lab.node("node2"))
+
+
+def command_of(node: AnyNode) -> list[str]:
+    """The command line of the guest that runs there."""
     return next(argv for pid in descendants(node.pid) if (argv := command_line(pid)) and "qemu-system" in argv[0])
 
 
@@ -120,12 +130,12 @@ def by_atoll(made: Cluster, number: int) -> tuple[float, float, float]:
 # --- by hand ---
 
 
-def by_hand(made: Cluster, line: list[str], number: int) -> tuple[float, float]:
-    """The same machine without Atoll: QEMU's total time and the writer's pause, in ms."""
+def by_hand(made: Cluster, line: list[str], number: int, other: Callable[[str], str]) -> tuple[float, float]:
+    """The same machine without Atoll: QEMU's total time and the writer's pause, in ms. ``other``: a word of the command line, for another
+    disk than Atoll's."""
     source, target = (made.lab.node(name) for name in (("node2", "node3"), ("node3", "node2"))[number % 2])
-    disk = f"{made.lab.shared}/by-hand.raw"
-    source.exec(["sh", "-c", f"truncate -s {DISK} {disk}; chmod 666 {disk}"], check=True)
-    here, there = _Bare(source, line, disk, incoming=False), _Bare(target, line, disk, incoming=True)
+    line = [other(word) for word in line]
+    here, there = Bare(source, line, incoming=False), Bare(target, line, incoming=True)
     try:
         with Console([here.place / "console.log", there.place / "console.log"]) as console:
             here.credentials("client")
@@ -146,10 +156,10 @@ def by_hand(made: Cluster, line: list[str], number: int) -> tuple[float, float]:
         there.close()
 
 
-class _Bare:
+class Bare:
     """A QEMU process in a node, with the machine of ``line``."""
 
-    def __init__(self, node: AnyNode, line: list[str], disk: str, *, incoming: bool) -> None:
+    def __init__(self, node: AnyNode, line: list[str], *, incoming: bool) -> None:
         self._node = node
         self.place = node.run_dir / "by-hand"
         inside = "/run/atoll/by-hand"
@@ -157,7 +167,7 @@ class _Bare:
         self.place.mkdir(parents=True)
         self._tls()
         self._process = subprocess.Popen(
-            node.command([*_machine(line, disk, inside), *(["-incoming", "defer"] if incoming else [])]),
+            node.command([*_machine(line, inside), *(["-incoming", "defer"] if incoming else [])]),
             env=node.environ(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         )  # fmt: skip
         self.qmp = Qmp(self.place / "qmp")
@@ -182,8 +192,8 @@ class _Bare:
         self.qmp.close()
 
 
-def _machine(line: list[str], disk: str, inside: str) -> list[str]:
-    """Atoll's command line with other sockets and another disk, and without what only Atoll needs."""
+def _machine(line: list[str], inside: str) -> list[str]:
+    """Atoll's command line with other sockets, and without what only Atoll needs."""
     argv, skip = [], False
     for word in line:
         if skip:
@@ -194,6 +204,6 @@ def _machine(line: list[str], disk: str, inside: str) -> list[str]:
             continue
         if word in ("-S", "-daemonize"):
             continue
-        argv.append(re.sub(r'"filename": *"[^"]*"', f'"filename": "{disk}"', word))
+        argv.append(word)
     argv += ["-qmp", f"unix:{inside}/qmp,server=on,wait=off"]
     return [*argv, "-chardev", f"file,id=serial0,path={inside}/console.log"]

@@ -15,8 +15,10 @@ import pytest
 from atoll.lab.smallceph import SmallCeph, missing
 from atoll.model.messages import PoolRef
 
-_MON = "profile rbd, " + ", ".join(
-    f'allow command "auth {what}" with entity prefix client.atoll-' for what in ("get-or-create", "caps", "del")
+_MON = (
+    "profile rbd, "
+    + ", ".join(f'allow command "auth {what}" with entity prefix client.atoll-' for what in ("get-or-create", "caps", "del"))
+    + ', allow command "osd blocklist" with blocklistop=rm'
 )
 
 

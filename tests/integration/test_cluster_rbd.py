@@ -182,15 +182,21 @@ def test_who_else_has_the_image_open_is_told_and_left_alone(cluster: RbdCluster,
     cluster.do("DELETE", "/v1/instances/twice", timeout=0)
 
 
+def entries(cluster: RbdCluster) -> set[str]:
+    """The addresses that Ceph shuts out."""
+    return {line.split()[0] for line in cluster.ceph.run("ceph", "osd", "blocklist", "ls").splitlines() if line.strip()}
+
+
 def test_failover_shuts_out_the_guest_of_a_node_that_is_cut_off(cluster: RbdCluster, web: str, healing: ExitStack) -> None:
     """The node is not dead, as was said: its guest goes on and its storage comes back. It must not write one byte more."""
     node = cluster.settled(web)
     target = next(name for name in ("node2", "node3") if name != node)
+    before = entries(cluster)
     cluster.node(node).cut()
     healing.callback(cluster.wait_alive)
     healing.callback(cluster.node(node).heal)
     cluster.wait_silent(node)
-    # Its agent stands still, so that Ceph alone keeps it from writing.
+    # Its agent stands still, so that Ceph alone keeps it from writing; and so that nobody is told of two guests, which there are.
     agent = next(service.pid for service in cluster.node(node).services() if service.name == "agent")
     os.kill(agent, signal.SIGSTOP)
     healing.callback(os.kill, agent, signal.SIGCONT)
@@ -200,9 +206,13 @@ def test_failover_shuts_out_the_guest_of_a_node_that_is_cut_off(cluster: RbdClus
     assert runstate(cluster, node, web) == "running"
     cluster.node(node).heal()
     until(lambda: runstate(cluster, node, web) == "io-error", "it stops with an error")
+    shut_out = entries(cluster) - before
+    assert shut_out, "its clients are shut out as long as its node has not said that it is gone"
     os.kill(agent, signal.SIGCONT)
     cluster.wait_alive(node)
     until(lambda: not cluster.qemu(node, web), "the stale guest is gone")
+    until(lambda: not entries(cluster) & shut_out, "its entries go with the readmission")
+    assert entries(cluster) == before, "and no others"
     cluster.settled(web, on=target)
     cluster.one_writer(web)
 
@@ -227,7 +237,7 @@ def traces(cluster: RbdCluster, volume: str) -> list[str]:
     [
         ("agent", "agent:volume.create:after"),
         ("agent", "agent:disks.revoke:before"),
-        ("master", "note who writes"),
+        ("master", "prepare the target"),
         pytest.param("agent", "agent:guest.start:after", marks=LONG),
         pytest.param("agent", "agent:disks.note:after", marks=LONG),
         pytest.param("agent", "agent:volume.delete:after", marks=LONG),

@@ -147,6 +147,44 @@ def test_who_has_lost_his_watch_is_shut_out_before_his_lock_is_broken(place: Pla
     assert place.rbd("lock", "ls", f"{place.spec}/{image}") == ""
 
 
+def test_who_was_shut_out_as_a_guest_of_a_node_is_let_in_with_it_and_nobody_else(place: Place) -> None:
+    import rbd
+
+    images = {node: place.make(f"vol-{number}" + "0" * 16, node) for number, node in enumerate(("node1", "node2", "stranger"))}
+    guests = {}
+    for node, image in images.items():
+        guests[node] = place.writer(image)
+        if node != "stranger":
+            place.pool.note(image, node)
+    out = {node: place.pool.fence(image, "all")[0] for node, image in images.items()}
+
+    def listed() -> set[str]:
+        entries = place.ceph.run("ceph", "osd", "blocklist", "ls")
+        return {node for node, address in out.items() if address in entries}
+
+    assert listed() == {"node1", "node2", "stranger"}
+    assert place.pool.readmit("node3") == []
+    assert place.pool.readmit("node") == [], "not another node whose name begins so"
+    assert place.pool.readmit("node2") == [out["node2"]]
+    assert listed() == {"node1", "stranger"}
+    assert place.pool.readmit("node2") == [], "there is nothing more to do"
+    # A client that has learned that it was shut out stays so for ever, whatever becomes of the entry.
+    with pytest.raises(rbd.ConnectionShutdown):
+        guests["node2"][0].write(b"y" * 512, 0)
+
+
+def test_of_a_guest_that_moved_each_client_is_its_own_nodes(place: Place) -> None:
+    """Both have it open for a moment: the source's was noted when it started, the target's is new."""
+    image = place.make()
+    _source = place.writer(image)
+    (first,) = place.pool.note(image, "node1")
+    _target = place.writer(image)
+    both = place.pool.note(image, "node2")
+    assert sorted(place.pool.fence(image, "all")) == sorted(both)
+    assert place.pool.readmit("node1") == [first]
+    assert place.pool.readmit("node2") == [address for address in both if address != first]
+
+
 async def test_a_killed_worker_is_not_taken_for_a_guest(host: StorageHost, place: Place) -> None:
     """Its watch on the probe stays for half a minute, as one on a volume would that it was growing."""
     image = place.make()

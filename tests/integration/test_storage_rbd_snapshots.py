@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -12,10 +14,12 @@ from pathlib import Path
 import pytest
 
 from atoll.lab.smallceph import missing
-from atoll.model.errors import Conflict, NotFound, NotSupported, ShrinkRefused
+from atoll.model.errors import Conflict, DiskInUse, NotFound, NotSupported, ShrinkRefused
 from atoll.model.messages import SnapshotStat
+from atoll.runtime import percent
 from atoll.storage import registry
 from atoll.storage.contract import SnapshotPool, VolumeSpec
+from atoll.storage.host import StorageHost
 from ceph_support import Ceph
 
 pytestmark = [
@@ -284,3 +288,102 @@ def test_a_worker_that_is_killed_anywhere_leaves_what_the_next_one_finishes(plac
         time.sleep(0.5)
         place.pool.delete(clone)
     assert place.left() == []
+
+
+# --- flatten ---
+
+BIG = 64 * MIB
+
+
+def big_clone(place: Place) -> str:
+    """A clone of an image that is full of what can be recognised."""
+    image = place.make(size=BIG)
+    for number in range(BIG // (4 * MIB)):
+        place.write(image, bytes([number + 1]) * (4 * MIB), number * 4 * MIB)
+    stat = place.pool.snapshot(image, SNAP)
+    copy = place.clone(stat, size=BIG)
+    place.pool.delete(image)
+    place.pool.delete_snapshot(SNAP, stat.logical_id)
+    assert len(place.left()) == 2, "the clone reads it still"
+    return copy
+
+
+def whole(place: Place, copy: str) -> bool:
+    return all(place.read(copy, 4 * MIB, n * 4 * MIB) == bytes([n + 1]) * (4 * MIB) for n in range(BIG // (4 * MIB)))
+
+
+def spec(place: Place, image: str) -> str:
+    return f"{place.ref.options['pool']}/{place.ref.options['namespace']}/{image}"
+
+
+def parents(place: Place, copy: str) -> str:
+    return place.ceph.run("rbd", "info", spec(place, copy))
+
+
+def test_a_flattened_volume_stands_by_itself_and_what_it_read_is_gone(place: Place) -> None:
+    copy = big_clone(place)
+    said: list[float] = []
+    percent.listen(said.append)
+    try:
+        assert place.pool.flatten(copy) is True
+    finally:
+        percent.listen(None)
+    assert place.left() == [copy]
+    assert "parent" not in parents(place, copy)
+    assert whole(place, copy)
+    assert said
+    assert all(0 <= done <= 100 for done in said)
+    assert place.pool.flatten(copy) is False, "there is nothing to do"
+
+
+def test_a_guest_that_has_the_volume_open_writes_on_while_it_is_flattened(place: Place) -> None:
+    import rbd
+
+    copy = big_clone(place)
+    with rbd.Image(place.ioctx, copy) as guest:
+        guest.write(b"mine", 4 * MIB)
+        assert place.pool.flatten(copy) is True
+        guest.write(b"more", 8 * MIB)
+    assert place.read(copy, 4, 4 * MIB) == b"mine"
+    assert place.read(copy, 4, 8 * MIB) == b"more"
+    assert place.read(copy, 4 * MIB, 12 * MIB) == b"\x04" * (4 * MIB)
+    assert place.left() == [copy]
+
+
+def test_where_the_guests_user_may_not_do_it_flattening_says_so(ceph: Ceph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import rbd
+
+    monkeypatch.setenv("ATOLL_RUN_DIR", str(tmp_path))
+    place = Place(ceph, isolation="volume")
+    copy = big_clone(place)
+    with rbd.Image(place.ioctx, copy) as guest:
+        guest.write(b"mine", 0)
+        with pytest.raises(DiskInUse, match="may not tell"):
+            place.pool.flatten(copy)
+    assert "parent" in parents(place, copy)
+    assert place.pool.flatten(copy) is True
+
+
+async def test_flattening_that_is_broken_off_goes_on_when_it_is_repeated(place: Place) -> None:
+    """Broken off as a job that is cancelled breaks it off: its worker is killed in the middle."""
+    copy = big_clone(place)
+    host = StorageHost()
+    started = asyncio.Event()
+    try:
+        call = asyncio.create_task(host.pool(place.ref, "flatten", 600.0, lambda _: started.set(), logical_id=copy))
+        await asyncio.wait([call, asyncio.create_task(started.wait())], timeout=60, return_when=asyncio.FIRST_COMPLETED)
+        assert started.is_set()
+        call.cancel()
+        await asyncio.wait([call], timeout=30)
+        assert call.cancelled() or call.done()
+        assert whole(place, copy), "half flattened, it holds the same"
+        assert "parent" in parents(place, copy), "it was broken off in the middle"
+        # The killed worker's lock stays for half a minute. We do not wait for that.
+        for locker in json.loads(place.ceph.run("rbd", "lock", "ls", spec(place, copy), "--format", "json")):
+            place.ceph.run("ceph", "osd", "blocklist", "add", locker["address"], "600")
+        await host.pool(place.ref, "flatten", 600.0, logical_id=copy)
+    finally:
+        await host.close()
+    assert "parent" not in parents(place, copy)
+    assert place.left() == [copy]
+    assert whole(place, copy)

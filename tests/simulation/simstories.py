@@ -155,6 +155,7 @@ STORIES: list[Story] = [
     Story("snapshot-delete-cloned", "snapshot.delete", "then", {}, with_clone),
     Story("snapshot-tags", "snapshot.tags", "then", TAGS, with_snapshot, records=True),
     Story("volume-from-snapshot", "volume.create", "", {"name": "copy", "snapshot": "then", "size": 2 * GIB}, with_snapshot),
+    Story("volume-flatten", "volume.flatten", "copy", {}, with_clone),
     Story("pool-connect", "pool.connect", "shared", {"group": "rack2"}, two_groups),
     Story("pool-disconnect", "pool.disconnect", "shared", {"group": "rack2"}, connected, records=True),
     Story("pool-modify", "pool.modify", "shared", {"state": "closed"}, records=True),

@@ -9,9 +9,9 @@ import pytest
 from simsupport import Ticking, background, bounce_agents, bounce_master, check, jobs, running, settle
 
 from atoll.lab.box import Box, simulate
-from atoll.model.errors import AtollError, StaleGeneration
+from atoll.model.errors import AtollError, DeadlineExceeded, PoolUnavailable, StaleGeneration
 from atoll.model.messages import Call, GuestSpec
-from atoll.model.objects import DeathProof, Instance
+from atoll.model.objects import DeathProof, Instance, JobState
 from atoll.rpc.agents import quiet
 
 
@@ -57,6 +57,44 @@ def test_node_returns_after_a_failover(crash: str) -> None:
             assert box.world.running(web1) == ["node1"]
         await settle(box)
         check(box)
+        await box.close()
+
+    simulate(run)
+
+
+@pytest.mark.parametrize("refusal", ["", "not allowed", "no answer"])
+def test_storage_lets_a_node_in_again_when_its_stale_guest_is_gone(refusal: str) -> None:
+    """Not a moment earlier; and a pool that cannot do it keeps no node away."""
+
+    async def run() -> None:
+        box = await Box.make(locking=False)
+        await box.do("pool.add", name="ceph", driver="rbd", options={"pool": "box"})
+        await box.do("instance.add", name="web1", disks=[{"size": 1 << 30, "pool": "ceph"}], memory=1 << 30, node="node2")
+        web1 = box.master.state.store.find(Instance, "web1").id
+        asked: list[list[str]] = []
+
+        async def look(node: str, method: str, phase: str) -> None:
+            if method == "readmit" and phase == "before":
+                asked.append(box.world.running(web1))
+                if refusal == "not allowed":
+                    raise PoolUnavailable("Ceph does not let user client.atoll do that")
+                if refusal == "no answer":
+                    raise DeadlineExceeded("no answer")
+
+        box.disks.fault = look
+        box.cut.add("node2")
+        await asyncio.sleep(30)
+        await box.do("instance.failover", "web1", node="node3", node_is_dead=True)
+        assert sorted(box.world.running(web1)) == ["node2", "node3"], "it was only cut off"
+        assert asked == []
+        box.cut.discard("node2")
+        await settle(box)
+        assert not box.master.state.store.all(DeathProof)
+        assert asked
+        assert all(running == ["node3"] for running in asked)
+        (job,) = [job for job in jobs(box) if job.operation == "node.readmit" and job.state is JobState.DONE]
+        assert set(job.result.get("still_shut_out", {})) == ({"ceph"} if refusal else set())
+        box.world.violations.clear()  # the person's word was wrong; the storage of this world cannot shut out
         await box.close()
 
     simulate(run)

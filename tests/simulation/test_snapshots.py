@@ -74,6 +74,8 @@ def test_what_is_refused() -> None:
         for error, words, operation, request in refused:
             with pytest.raises(error, match=words):
                 await box.submit(operation, "", **request)
+        with pytest.raises(NotSupported, match="read from nothing but themselves"):
+            await box.submit("volume.flatten", "plain")
         await box.do("volume.delete", "data")
         with pytest.raises(InUse, match="has 1 snapshots, such as then"):
             await box.submit("pool.remove", "ceph")

@@ -208,6 +208,12 @@ class FakeLeader:
             raise NotFound(f"there is no storage cluster {target!r}")
         return {"name": target, "type": "ceph", "health": "HEALTH_OK", "checks": []}
 
+    async def pool_images(self, target: str) -> list[dict[str, Any]]:
+        if target != "looked-at":
+            raise NotFound(f"there is no pool {target!r}")
+        image = {"name": "old", "size": 4 << 20, "modified": 0.0, "writers": ["the Ceph client at 10.0.0.9:0/1"], "snapshots": ["then"]}
+        return [{**image, "parent": "", "volume": None}]
+
     async def verify(self) -> list[Finding]:
         return self.findings
 

@@ -17,7 +17,7 @@ from rest_fakes import SHARED, FakeLeader, fake_leader, served
 
 from atoll.cli import ganeti
 from atoll.cli.main import GROUPS, atoll
-from atoll.model.errors import AtollError, Held
+from atoll.model.errors import AtollError, Held, NotFound
 from atoll.model.health import Health, HealthCheck, Rates, Refusal
 from atoll.model.units import GIB, MIB
 from atoll.operations.all import OPERATIONS
@@ -107,6 +107,10 @@ CASES: list[tuple[str, Sent]] = [
         "atoll pool add p1 -t sharedfile -O path=/srv locking=off -g default",
         ("pool.add", "", {"name": "p1", "driver": "sharedfile", "options": {"path": "/srv", "locking": "off"}, "groups": ["default"]}),
     ),
+    (
+        "atoll pool add p1 -t rbd --observe pool=vms",
+        ("pool.add", "", {"name": "p1", "driver": "rbd", "options": {"pool": "vms"}, "observe": True}),
+    ),
     ("atoll pool connect images default", ("pool.connect", "images", {"group": "default"})),
     ("atoll pool disconnect images default", ("pool.disconnect", "images", {"group": "default"})),
     ("atoll pool check images", ("pool.check", "images", {})),
@@ -135,6 +139,7 @@ CASES: list[tuple[str, Sent]] = [
     ),
     ("atoll snapshot tag then a=b", ("snapshot.tags", "then", {"add": ["a=b"]})),
     ("atoll snapshot delete then -f", ("snapshot.delete", "then", {})),
+    ("atoll volume flatten spare", ("volume.flatten", "spare", {})),
     ("atoll volume grow spare 512", ("volume.grow", "spare", {"increment": 512 * MIB})),
     ("atoll volume grow spare 2G --absolute", ("volume.grow", "spare", {"size": 2 * GIB})),
     ("atoll volume rename spare v9", ("volume.rename", "spare", {"new_name": "v9"})),
@@ -437,6 +442,14 @@ async def test_a_seed_is_read_from_files_and_stdin(cli: Cli, tmp_path: Path) -> 
     assert "private half" in refused.exception.message
     await cli.invoke(["instance", "add", "w", "--cloud-init"])
     assert cli.leader.asked[-1][2]["cloud_init"]["user_data"] == ""
+
+
+async def test_what_lies_in_a_pool_is_listed(cli: Cli) -> None:
+    lines = (await cli.invoke(["pool", "images", "looked-at"])).output.splitlines()
+    assert lines[0].split()[:3] == ["Image", "Size", "Volume"]
+    assert lines[1].split()[:2] == ["old", "4M"]
+    assert "the Ceph client at 10.0.0.9:0/1" in lines[1]
+    assert isinstance((await cli.invoke(["pool", "images", "nothing"])).exception, NotFound)
 
 
 async def test_storage_status_says_how_the_pools_are(cli: Cli) -> None:

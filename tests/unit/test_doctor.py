@@ -329,7 +329,7 @@ class Storage:
     def __init__(self, answer: Any) -> None:
         self.answer = answer
 
-    async def pool(self, ref: PoolRef, method: str, deadline: float, **args: Any) -> Any:
+    async def pool(self, ref: PoolRef, method: str, deadline: float, told: Any = None, **args: Any) -> Any:
         if isinstance(self.answer, AtollError):
             raise self.answer
         return self.answer

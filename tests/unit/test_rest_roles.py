@@ -34,6 +34,7 @@ OTHERS: dict[tuple[str, str], str] = {
     ("GET", "/v1/os"): "reader",
     ("GET", "/v1/groups/{target}/storage-plan"): "reader",
     ("GET", "/v1/storages/{target}/status"): "reader",
+    ("GET", "/v1/pools/{target}/images"): "reader",
     ("GET", "/metrics"): "reader",
     **{("GET", f"/v1/{noun}s"): "reader" for noun in KINDS},
     **{("GET", f"/v1/{noun}s/{{target}}"): "reader" for noun in KINDS},

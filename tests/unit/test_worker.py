@@ -36,6 +36,12 @@ async def test_a_result_comes_back_and_the_child_is_kept(worker: Worker) -> None
     assert first["pid"] == second["pid"] != os.getpid()
 
 
+async def test_a_call_tells_how_far_it_is(worker: Worker) -> None:
+    told: list[float] = []
+    assert await worker.call("slow", 20, told.append) == "done"
+    assert told == [10.0, 60.0]
+
+
 async def test_errors_keep_their_kind(worker: Worker) -> None:
     with pytest.raises(PoolFull, match="no room") as caught:
         await worker.call("full", 20)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from atoll.model.errors import PoolFull
+from atoll.runtime import percent
 
 
 def echo(value: Any) -> Any:
@@ -20,6 +21,13 @@ def hang() -> None:
 def nap(seconds: float) -> int:
     time.sleep(seconds)
     return os.getpid()
+
+
+def slow() -> str:
+    for done in (10.0, 60.0):
+        percent.tell(done)
+        time.sleep(0.6)
+    return "done"
 
 
 def full() -> None:
@@ -39,4 +47,4 @@ def fork_and_hang(path: str) -> None:
         Path(path).write_text(str(process.pid))
 
 
-FUNCTIONS = {f.__name__: f for f in (echo, hang, nap, full, bug, die, fork_and_hang)}
+FUNCTIONS = {f.__name__: f for f in (echo, hang, nap, slow, full, bug, die, fork_and_hang)}

@@ -18,6 +18,8 @@ from atoll.storage.contract import StorageAccess
 
 #: Seconds for calls that touch metadata only, and for those that may write a whole image (preallocation, sync).
 QUICK, LONG = 30.0, 3600.0
+#: For copying a terabyte.
+HOURS = 82000.0
 #: Seconds for a sample of how the storage is; a child that takes longer is replaced.
 WATCH = 10.0
 #: For those that may have to wait until the storage gives up a dead client, which takes Ceph 30 seconds.
@@ -138,6 +140,8 @@ class StorageOrders:
             "pool.space": ("space", QUICK),
             "pool.probe": ("probe_writers", QUICK),
             "pool.health": ("health", WATCH),
+            "pool.images": ("images", QUICK),
+            "pool.readmit": ("readmit", QUICK),
             "volume.create": ("create", LONG),
             "volume.clone": ("clone", LONG),
             "volume.delete": ("delete", QUICK),
@@ -156,6 +160,8 @@ class StorageOrders:
         handlers: dict[str, Handler] = {name: self._pool(method, deadline) for name, (method, deadline) in simple.items()}
         handlers["pool.unprepare"] = self.unprepare
         handlers["volume.uncreate"] = self.uncreate
+        handlers["volume.flatten"] = self.flatten
+        handlers["volume.unflatten"] = self.unflatten
         handlers["disks.connect"] = self.connect
         handlers["disks.note"] = self.note
         handlers["disks.revoke"] = self.revoke
@@ -168,7 +174,9 @@ class StorageOrders:
         async def handler(args: dict[str, Any], report: Report) -> Any:
             ref = PoolRef(**args["ref"])
             rest = {k: v for k, v in args.items() if k != "ref"}
-            return await self._storage.pool(ref, method, deadline, **rest)
+            # What may write for an hour leaves room to other calls, and is one of few.
+            quick = method in ("create", "clone") and registry.info(ref.driver).quick
+            return await self._storage.pool(ref, method, QUICK if quick else deadline, **rest)
 
         return handler
 
@@ -179,6 +187,18 @@ class StorageOrders:
             await self._storage.pool(PoolRef(**args["ref"]), "forget", QUICK)
         except (InvalidInput, PoolUnavailable) as error:
             report(Progress(text=f"nothing to take back: {error.message}"))
+
+    async def flatten(self, args: dict[str, Any], report: Report) -> Any:
+        """Copy what an image reads of others into it; whether there was anything."""
+        ref = PoolRef(**args["ref"])
+
+        def told(percent: float) -> None:
+            report(Progress(percent=percent, text="copying"))
+
+        return await self._storage.pool(ref, "flatten", HOURS, told, logical_id=args["logical_id"])
+
+    async def unflatten(self, args: dict[str, Any], report: Report) -> Any:
+        """Nothing is taken back: the worker that copied ended with the order, and what it has copied stays copied."""
 
     async def uncreate(self, args: dict[str, Any], report: Report) -> Any:
         """The undo of a creation: delete by what the creation would have made, whether or not its logical id was ever told."""
@@ -198,16 +218,20 @@ class StorageOrders:
             ref = PoolRef(**disk["ref"])
             name = {"logical_id": disk["logical_id"]}
             found: dict[str, Any] = {"volume": disk["volume"], "pool": ref.id}
-            found["stat"] = await self._storage.pool(ref, "stat", QUICK, **name)
+            if disk.get("fence"):
+                found |= await self._storage.pool(ref, "ready", QUICK, **name, whom=disk["fence"], volume=disk["volume"])
+                if out := found.pop("out"):
+                    report(Progress(text=f"shut out of {disk['volume']}: {', '.join(out)}"))
+                if found["writers"]:
+                    found["writers"] = await self._writers(ref, disk["logical_id"], args.get("patience", 0.0))
+                    if not found["writers"]:
+                        # Who has died without a word has left his lock.
+                        await self._storage.pool(ref, "fence", QUICK, **name, whom="none")
+            else:
+                found["stat"] = await self._storage.pool(ref, "stat", QUICK, **name)
+                if found["stat"] is not None:
+                    found["writers"] = await self._writers(ref, disk["logical_id"], args.get("patience", 0.0))
             if found["stat"] is not None:
-                if disk.get("fence"):
-                    out = await self._storage.pool(ref, "fence", QUICK, **name, whom=disk["fence"], volume=disk["volume"])
-                    if out:
-                        report(Progress(text=f"shut out of {disk['volume']}: {', '.join(out)}"))
-                found["writers"] = await self._writers(ref, disk["logical_id"], args.get("patience", 0.0))
-                if disk.get("fence") and not found["writers"]:
-                    # Who has died without a word has left his lock.
-                    await self._storage.pool(ref, "fence", QUICK, **name, whom="none")
                 found["connection"] = await self._storage.pool(
                     ref, "connection", QUICK, **name, volume=disk["volume"], size=disk["size"], node=disk.get("node", "")
                 )
@@ -217,11 +241,14 @@ class StorageOrders:
 
     async def note(self, args: dict[str, Any], report: Report) -> Any:
         """Let the storage remember who has disks open now. It is only the sooner believed of them that they are gone: so it may fail."""
-        for disk in args["disks"]:
+
+        async def one(disk: dict[str, Any]) -> None:
             try:
-                await self._storage.pool(PoolRef(**disk["ref"]), "note", QUICK, logical_id=disk["logical_id"])
+                await self._storage.pool(PoolRef(**disk["ref"]), "note", QUICK, logical_id=disk["logical_id"], node=disk.get("node", ""))
             except AtollError as error:
                 report(Progress(text=f"{disk['volume']}: {error.message}"))
+
+        await asyncio.gather(*(one(disk) for disk in args["disks"]))
 
     async def revoke(self, args: dict[str, Any], report: Report) -> Any:
         """Take a node's rights for disks that it has let go. The next start does so too, before it: so it may fail."""

@@ -108,6 +108,11 @@ class Leader(Protocol):
 
         Errors: NotFound; Unreachable when none of its nodes can tell."""
 
+    async def pool_images(self, target: str) -> list[dict[str, Any]]:
+        """What lies in a pool now, other people's images included: name, size, who has it open, its snapshots, and the volume that it is.
+
+        Errors: NotFound, NotSupported; those of the storage."""
+
     async def join_token(self, name: str, group: str | None, rejoin: bool = False) -> str:
         """A token with which the node ``name`` may join once within 15 minutes. ``rejoin``: a node of the cluster that does not answer
         comes back with it. Errors: AlreadyExists, NodeAnswers."""

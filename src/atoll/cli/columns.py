@@ -122,6 +122,19 @@ POOLS = Table(
     ("name", "driver", "state", "groups", "writers", "volumes", "promised", "total", "free", "reason", "stalled", "held"),
 )
 
+IMAGES = Table(
+    {
+        "name": _column("Image", "name"),
+        "size": _column("Size", "size", "size"),
+        "volume": _column("Volume", "volume"),
+        "modified": _column("Modified", "modified", "time"),
+        "writers": _column("Open for writing", "writers"),
+        "snapshots": _column("Snapshots", "snapshots"),
+        "parent": _column("Reads of", "parent", if_any=True),
+    },
+    ("name", "size", "volume", "modified", "writers", "snapshots", "parent"),
+)
+
 SNAPSHOTS = Table(
     {
         "name": _column("Snapshot", "name"),
@@ -233,6 +246,7 @@ TABLES = {
     "node": NODES,
     "group": GROUPS,
     "pool": POOLS,
+    "image": IMAGES,
     "volume": VOLUMES,
     "snapshot": SNAPSHOTS,
     "job": JOBS,

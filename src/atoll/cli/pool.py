@@ -7,8 +7,11 @@ from typing import Any
 import click
 
 from atoll.cli import tags, work
+from atoll.cli.client import Client, path_of
+from atoll.cli.columns import TABLES
 from atoll.cli.lazy import OrderedGroup
-from atoll.cli.options import complete, confirm, force_option, job_options, on_node, pairs, target
+from atoll.cli.options import complete, confirm, force_option, job_options, on_node, output_options, pairs, style, target
+from atoll.cli.output import print_rows
 from atoll.cli.reads import info_command, list_command
 
 
@@ -28,15 +31,28 @@ pool.add_command(info_command("pool"))
 @click.option(
     "-g", "--group", "groups", multiple=True, metavar="GROUP", help="Connect it to this group only.", shell_complete=complete("group")
 )
+@click.option("--observe", is_flag=True, help="Only look at what is there: nothing is ever written to it, and nothing can be made in it.")
 @click.argument("more", nargs=-1, metavar="[KEY=VALUE]...")
 @job_options
-def add(name: str, driver: str, settings: tuple[str, ...], groups: tuple[str, ...], more: tuple[str, ...], **options: Any) -> None:
+def add(
+    name: str, driver: str, settings: tuple[str, ...], groups: tuple[str, ...], observe: bool, more: tuple[str, ...], **options: Any
+) -> None:
     """Make a pool and connect it to all groups (or the named ones).
 
     Example: atoll pool add images -t sharedfile path=/srv/images
     """
-    body = {"name": name, "driver": driver, "options": pairs((*settings, *more), "-O"), "groups": list(groups)}
+    body: dict[str, Any] = {"name": name, "driver": driver, "options": pairs((*settings, *more), "-O"), "groups": list(groups)}
+    body |= {"observe": True} if observe else {}
     work.run("pool", "add", body=body, **options)
+
+
+@pool.command()
+@target("pool")
+@output_options
+def images(target: str, **options: Any) -> None:
+    """What lies in a pool now, other people's images included, and who has it open; for pools whose driver can observe."""
+    rows = Client().get(path_of("pool", target, "images"), timeout=60.0)["items"]
+    print_rows(rows, TABLES["image"], style(**options))
 
 
 @pool.command()

@@ -83,6 +83,15 @@ def growth(amount: str, absolute: bool) -> dict[str, Any]:
 
 @volume.command()
 @target("volume")
+@job_options
+def flatten(target: str, **options: Any) -> None:
+    """Copy into a volume what it still reads of the snapshot that it was made from, also while its guest runs. It then takes all its
+    room, and what it was made from can go. 'atoll job cancel' breaks it off; repeating it goes on where it was."""
+    work.run("volume", "flatten", target, {}, **options)
+
+
+@volume.command()
+@target("volume")
 @click.argument("new_name")
 @job_options
 def rename(target: str, new_name: str, **options: Any) -> None:

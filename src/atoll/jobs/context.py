@@ -197,7 +197,15 @@ class JobContext:
         return await self._engine.agents.ask(node, method, args, deadline=deadline)
 
     async def look(
-        self, key: str, node: str, method: str, args: dict[str, Any], *, accept: Callable[[Any], None], deadline: float = 60.0
+        self,
+        key: str,
+        node: str,
+        method: str,
+        args: dict[str, Any],
+        *,
+        accept: Callable[[Any], None],
+        deadline: float = 60.0,
+        even_dead: bool = False,
     ) -> Any:
         """A question to a node, repeated until it is answered. The answer is fixed only if ``accept`` takes it; it raises to refuse it,
         and then another attempt asks again, while the agent would remember its answer to an order.
@@ -206,7 +214,7 @@ class JobContext:
         """
         answer: Any = None
         if not self.journaled(key):
-            answer = await self._engine.agents.order(node, 0, "", method, args, deadline=deadline)
+            answer = await self._engine.agents.order(node, 0, "", method, args, deadline=deadline, even_dead=even_dead)
             accept(answer)
         return await self.read(key, lambda: answer)
 

@@ -22,6 +22,12 @@ class BoxSnapshots:
     def _find(self, ref: PoolRef, logical_id: str) -> dict[str, Any]:
         raise NotImplementedError
 
+    def _stat(self, ref: PoolRef, logical_id: str) -> Any:
+        raise NotImplementedError
+
+    def _writers(self, ref: PoolRef, logical_id: str) -> Any:
+        raise NotImplementedError
+
     def _create(self, ref: PoolRef, spec: dict[str, Any]) -> str:
         raise NotImplementedError
 
@@ -52,15 +58,25 @@ class BoxSnapshots:
         if made is None:
             raise NotFound(f"there is no snapshot {snapshot}")
         logical_id = self._create(ref, spec)
-        self._find(ref, logical_id)["content"] = made["content"]
+        self._find(ref, logical_id).update(content=made["content"], parent=snapshot)
         self._disks.world.images[spec["volume"]] = made["records"]
         return logical_id
 
-    def _note(self, ref: PoolRef, logical_id: str) -> Any:
+    def _flatten(self, ref: PoolRef, logical_id: str) -> bool:
+        return self._find(ref, logical_id).pop("parent", None) is not None
+
+    def _note(self, ref: PoolRef, logical_id: str, node: str = "") -> Any:
+        return []
+
+    def _readmit(self, ref: PoolRef, node: str) -> Any:
         return []
 
     def _fence(self, ref: PoolRef, logical_id: str, whom: str, volume: str = "") -> Any:
         return []
+
+    def _ready(self, ref: PoolRef, logical_id: str, whom: str, volume: str = "") -> Any:
+        stat = self._stat(ref, logical_id)
+        return {"stat": stat, "out": [], "writers": self._writers(ref, logical_id) if stat else []}
 
     def _revoke(self, ref: PoolRef, volume: str, node: str = "") -> None:
         return None

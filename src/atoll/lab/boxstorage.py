@@ -12,7 +12,9 @@ from atoll.lab.boxsnapshots import BoxSnapshots
 from atoll.model.errors import AlreadyExists, Conflict, HostError, NotFound, PoolFull, PoolUnavailable, ShrinkRefused
 from atoll.model.messages import GuestDisk, PoolRef, Progress
 from atoll.rpc.contract import Report
+from atoll.runtime.worker import Told, nobody
 from atoll.storage import registry
+from atoll.storage.contract import refuse_observed
 
 #: Called before and after each effect with (node, method, phase); may raise or wait.
 StorageFault = Callable[[str, str, str], Awaitable[None]]
@@ -112,11 +114,12 @@ class BoxStorage(BoxSnapshots):
     def __init__(self, disks: SharedDisks, node: str) -> None:
         self._disks, self._node = disks, node
 
-    async def pool(self, ref: PoolRef, method: str, deadline: float, **args: Any) -> Any:
+    async def pool(self, ref: PoolRef, method: str, deadline: float, told: Told = nobody, **args: Any) -> Any:
         """See ``StorageAccess``."""
         why = self._disks.stalled.get(self._node, {}).get(ref.id)
         if why and method != "health":
             raise PoolUnavailable(f"pool {ref.name} is stalled: {why}")
+        refuse_observed(ref, method)
         await self._point(method, "before")
         result = getattr(self, "_" + method)(ref, **args)
         await self._point(method, "after")
@@ -129,7 +132,7 @@ class BoxStorage(BoxSnapshots):
         key = f"{ref.id}@{ref.node}" if registry.info(ref.driver).node_local else ref.id
         if ref.id in self._disks.lost:
             raise PoolUnavailable(f"pool {ref.name} is not mounted on {ref.node}")
-        if key not in self._disks.marks:
+        if key not in self._disks.marks and not ref.observed:
             raise PoolUnavailable(f"pool {ref.name} is not prepared on {ref.node}")
         return self._disks.images.setdefault(key, {})
 
@@ -221,6 +224,9 @@ class BoxStorage(BoxSnapshots):
         if image is not None and image.get("problem"):
             raise Conflict(f"{logical_id} is {image['problem']}, not an image; nothing is read or written through it")
         return None if image is None else {"logical_id": logical_id, "size": image["size"], "volume": image["volume"]}
+
+    def _images(self, ref: PoolRef) -> Any:
+        return [{"name": name, "size": image["size"]} for name, image in sorted(self._place(ref).items())]
 
     def _volumes(self, ref: PoolRef) -> Any:
         found = self._place(ref).items()

@@ -30,6 +30,7 @@ from atoll.model.errors import AtollError, NodeAnswers, NotLeader
 from atoll.model.messages import NodeReport, Progress, Space
 from atoll.model.objects import DeathProof, Hold, Job, Node, Pool, Stored, Volume
 from atoll.operations.all import OPERATIONS
+from atoll.operations.pool_images import pool_images
 from atoll.operations.registry import operation as find_operation
 from atoll.operations.state import State
 from atoll.operations.storages import storage_status
@@ -267,6 +268,11 @@ class MasterLeader:
         """See ``api.leader.Leader``."""
         await self._ready.wait()
         return await storage_status(self._state, self.agents, target)
+
+    async def pool_images(self, target: str) -> list[dict[str, Any]]:
+        """See ``api.leader.Leader``."""
+        await self._ready.wait()
+        return await pool_images(self._state, self.agents, target)
 
     async def join_token(self, name: str, group: str | None, rejoin: bool = False) -> str:
         """See ``api.leader.Leader``."""

@@ -119,6 +119,8 @@ class StorageFindings:
             kinds[node.name] = answer.details.get("file system", "")
             found += self._moved(pool, node, answer)
         found += self._place(pool, {} if local else kinds)
+        if pool.observed:
+            return found  # what is in it is not for us to judge
         for node in usable if local else usable[:1]:
             ref = state.ref(pool, node).model_dump(mode="json")
             images = await self._ask(node.id, "volume.list", {"ref": ref}, patience)

@@ -248,6 +248,12 @@ class PoolFull(AtollError):
     code, status, exit_code, default_hint = "pool_full", 507, 7, "atoll pool info POOL"
 
 
+class PoolObserved(AtollError):
+    """The pool is only looked at: nothing is ever written to it."""
+
+    code, status, exit_code, default_hint = "pool_observed", 409, 6, "docs/howto/observe-a-pool.md"
+
+
 class PoolUnhealthy(AtollError):
     """The pool's storage says that it must not be given more now: it is nearly full, or not all of it works."""
 

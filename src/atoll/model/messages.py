@@ -93,6 +93,8 @@ class PoolRef(Wire):
     node: str = ""
     #: The cluster's id, to tell one cluster's pool from another's on the same storage.
     cluster: str = ""
+    #: It is only looked at: nothing is ever written to it.
+    observed: bool = False
 
 
 class Space(Wire):
@@ -134,6 +136,26 @@ class Writer(Wire):
 
     who: str
     node: str | None = None
+
+
+class ImageSeen(Wire):
+    """An image of a pool, whosever it is, as the storage tells it. ``writers``: who has it open, in words; ``parent``: what it reads of."""
+
+    name: str
+    size: int
+    volume: str | None = None
+    modified: float | None = None
+    writers: list[str] = Field(default_factory=list)
+    snapshots: list[str] = Field(default_factory=list)
+    parent: str = ""
+
+
+class Readiness(Wire):
+    """Whether a guest may have an image now. ``stat`` None: it is not there. ``out``: who was shut out for that."""
+
+    stat: VolumeStat | None
+    out: list[str] = Field(default_factory=list)
+    writers: list[Writer] = Field(default_factory=list)
 
 
 class PoolStatus(Wire):

@@ -142,6 +142,8 @@ class Pool(Stored):
     #: ``ready`` takes new volumes; ``closed`` does not (its reason is in ``state_reason``).
     state: Literal["ready", "closed"] = "ready"
     state_reason: str = ""
+    #: It is only looked at: nothing is ever written there.
+    observed: bool = False
     tags: tuple[str, ...] = ()
 
 

@@ -6,7 +6,16 @@ from collections.abc import Iterable
 from typing import Any
 
 from atoll.jobs.steps import Changes
-from atoll.model.errors import AlreadyExists, InvalidInput, InvalidSize, NodeUnavailable, NotFound, PoolNotReachable, WrongState
+from atoll.model.errors import (
+    AlreadyExists,
+    InvalidInput,
+    InvalidSize,
+    NodeUnavailable,
+    NotFound,
+    PoolNotReachable,
+    PoolObserved,
+    WrongState,
+)
 from atoll.model.ids import check_name
 from atoll.model.objects import Claim, Group, Instance, Locks, Node, Pool, Stored, Volume
 from atoll.model.units import format_size
@@ -103,8 +112,20 @@ def check_size_for(driver: DriverInfo, size: int) -> int:
     return rounded
 
 
+def refuse_observed(pool: Pool) -> None:
+    """Errors: PoolObserved, with what to type to make it a pool like others."""
+    if pool.observed:
+        given = " ".join(f"-O {name}={value}" for name, value in sorted(pool.options.items()))
+        raise PoolObserved(
+            f"pool {pool.name} is only observed: nothing is ever written to it",
+            hint=f"to use it, with a user that may write: atoll pool remove {pool.name} --force, then "
+            f"atoll pool add {pool.name} -t {pool.driver} {given}",
+        )
+
+
 def check_pool_open(state: State, pool: Pool, group: str | None = None) -> None:
     """Refuse a pool that takes no new volumes, or that the group cannot reach."""
+    refuse_observed(pool)
     if pool.state != "ready":
         raise WrongState(f"pool {pool.name} takes no new volumes: {pool.state_reason}", hint=f"atoll pool info {pool.name}")
     if group is not None and group not in pool.groups:

@@ -39,7 +39,7 @@ def disk_pool(state: State, disk: dict[str, Any], template: str | None, group: s
     """The pool of a new disk: its own, else the instance's template, else the only pool there is."""
     text = disk["pool"] or template
     if text is None:
-        pools = [p for p in state.store.all(Pool) if group is None or group in p.groups]
+        pools = [p for p in state.store.all(Pool) if not p.observed and (group is None or group in p.groups)]
         if len(pools) != 1:
             names = ", ".join(p.name for p in pools) or "none"
             raise InvalidInput(f"say where the disk shall be; pools here: {names}", hint="-t POOL, or --disk N:pool=POOL")

@@ -128,7 +128,7 @@ async def plug_volume(job: JobContext, instance: str, volume: str, mode: str) ->
     back = {"instance": instance, "volume": volume, "timeout": 20.0, "even_ended": True}
     undo = Undo("guest.unplug", back, node=node, dies=True)
     await job.call("plug", node, "guest.plug", args, undo=undo)
-    await note_writers(job, instance, node)
+    await note_writers(job, instance, node, volume=volume)
 
 
 async def _plug_args(

@@ -12,6 +12,7 @@ from atoll.model.objects import DeathProof, Group, Instance, JobState, Node, Poo
 from atoll.operations.common import frozen, locks, prepare_tags, run_tags
 from atoll.operations.instance_power import answers
 from atoll.operations.making import declare_lost
+from atoll.operations.node_let_in import let_in_again
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import NodeDeclareDead, NodeModify, NodeMove, NodeRemove, Nothing, TagsChange
 from atoll.operations.state import State
@@ -246,7 +247,11 @@ async def _run_welcome(job: JobContext, request: dict[str, Any]) -> Any:
     def plan() -> dict[str, Any]:
         state: State = job.state
         node = state.store.require(Node, request["id"])
-        pools = [p for p in state.store.all(Pool) if node.group in p.groups and node in state.managers(state.driver(p), p.groups)]
+        pools = [
+            p
+            for p in state.store.all(Pool)
+            if not p.observed and node.group in p.groups and node in state.managers(state.driver(p), p.groups)
+        ]
         return {"name": node.name, "pools": [(p.id, state.ref(p, node).model_dump(mode="json")) for p in pools]}
 
     decided = await job.read("plan", plan)
@@ -306,13 +311,14 @@ async def _run_readmit(job: JobContext, request: dict[str, Any]) -> Any:
             method = "guest.stop" if stop else "claim.release"
             args = {"instance": instance, "generation": generation, **({"grace": 0.0} if stop else {})}
             await job.call(f"refuse/{instance}", node, method, args, even_dead=True)
+    let_in, kept = await let_in_again(job, node)
 
     def void() -> Changes:
         proof = job.state.store.get(DeathProof, node)
         return Changes(delete=[proof] if proof else [])
 
     await job.write("void the proof", void)
-    return {"node": node}
+    return {"node": node, **({"let_in": let_in} if let_in else {}), **({"still_shut_out": kept} if kept else {})}
 
 
 register(Operation("node.readmit", Nothing, _prepare_readmit, _run_readmit, public=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from atoll.jobs.context import JobContext
@@ -13,13 +14,14 @@ from atoll.model.errors import (
     InvalidInput,
     NodeUnavailable,
     NotFound,
+    NotSupported,
     PoolNotReachable,
     PoolUnavailable,
 )
 from atoll.model.ids import new_id
 from atoll.model.messages import PoolRef
 from atoll.model.objects import Group, Instance, Node, Pool, Snapshot, Volume, Writers
-from atoll.operations.common import check_new_name, check_usable, frozen, locks, name_lock, prepare_tags, run_tags
+from atoll.operations.common import check_new_name, check_usable, frozen, locks, name_lock, prepare_tags, refuse_observed, run_tags
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import Nothing, PoolAdd, PoolConnect, PoolMark, PoolModify, PoolRemove, TagsChange
 from atoll.operations.state import State
@@ -52,6 +54,11 @@ def _prepare_add(state: State, target: str, request: PoolAdd) -> Prepared:
     driver = drivers.info(request.driver)
     if state.store.by_name(Pool, request.name) is None and request.name in {d.name for d in drivers.drivers()}:
         raise InvalidInput(f"{request.name!r} is the name of a driver", hint="choose another name for the pool")
+    if request.observe and not driver.observe:
+        able = ", ".join(sorted(d.name for d in drivers.drivers() if d.observe))
+        raise NotSupported(
+            f"driver {driver.name} cannot observe a pool: what it looks at, it has to mark first", hint=f"drivers that can: {able}"
+        )
     options = check_options(driver, request.options, state.cluster.driver_options.get(driver.name, {}))
     groups = [state.store.find(Group, g) for g in request.groups] or state.store.all(Group)
     silent = [n.name for n in _members(state, driver, [g.id for g in groups]) if not state.health.alive(n.id)]
@@ -88,6 +95,18 @@ async def prepare_on_nodes(job: JobContext, pool: str, ref: dict[str, Any], node
             raise PoolUnavailable(f"on {name}: {status['reason']}", hint=f"on {name}: {status.get('hint') or 'look at the directory'}")
 
 
+async def _look_from(job: JobContext, ref: dict[str, Any], nodes: list[tuple[str, str]]) -> None:
+    """Look at a pool that shall only be observed; nothing is prepared. Errors: PoolUnavailable."""
+
+    def usable(name: str, status: Any) -> None:
+        if not status["ok"]:
+            raise PoolUnavailable(f"on {name}: {status['reason']}", hint=f"on {name}: {status.get('hint') or 'look at the options'}")
+
+    for number, (node, name) in enumerate(nodes):
+        job.progress(10 + 80 * number / len(nodes), f"looking from {name}")
+        await job.look(f"look from {name}", node, "pool.check", {"ref": {**ref, "node": name}}, accept=partial(usable, name))
+
+
 async def measure_writers(job: JobContext, ref: dict[str, Any], nodes: list[tuple[str, str]], *, suffix: str = "") -> str:
     """Does a lock that one node takes show on another, and go when it is dropped? ``none`` unless it was seen."""
     driver = drivers.info(ref["driver"])
@@ -114,13 +133,19 @@ async def _run_add(job: JobContext, request: dict[str, Any]) -> Any:
         state: State = job.state
         ident = new_id("pool", state.rng)
         ref = PoolRef(id=ident, name=request["name"], driver=request["driver"], options=request["options"], cluster=state.identity)
+        ref = ref.model_copy(update={"observed": request.get("observe", False)})
         nodes = [(n.id, n.name) for n in _members(state, drivers.info(request["driver"]), request["groups"])]
         return {"pool": ident, "ref": ref.model_dump(mode="json"), "nodes": nodes}
 
     decided = await job.read("plan", plan)
-    await prepare_on_nodes(job, decided["pool"], decided["ref"], decided["nodes"], first=True)
-    job.progress(75, "measuring how well the storage tells who writes")
-    writers = await measure_writers(job, decided["ref"], decided["nodes"])
+    observe = request.get("observe", False)
+    if observe:
+        await _look_from(job, decided["ref"], decided["nodes"])
+        writers = str(Writers.NONE)
+    else:
+        await prepare_on_nodes(job, decided["pool"], decided["ref"], decided["nodes"], first=True)
+        job.progress(75, "measuring how well the storage tells who writes")
+        writers = await measure_writers(job, decided["ref"], decided["nodes"])
 
     def record() -> Changes:
         check_new_name(job.state, Pool, request["name"])
@@ -131,6 +156,7 @@ async def _run_add(job: JobContext, request: dict[str, Any]) -> Any:
             options=request["options"],
             groups=tuple(request["groups"]),
             writers=Writers(writers),
+            observed=observe,
         )
         return Changes(put=[new])
 
@@ -159,6 +185,8 @@ async def _run_remove(job: JobContext, request: dict[str, Any]) -> Any:
         nodes = [n for n in _members(state, state.driver(pool), pool.groups) if state.health.alive(n.id)]
         if not state.driver(pool).node_local:
             nodes = nodes[:1]
+        if pool.observed:
+            nodes = []  # nothing of ours is there
         return {"nodes": [(n.id, n.name, state.ref(pool, n).model_dump(mode="json")) for n in nodes]}
 
     decided = await job.read("plan", plan)
@@ -186,6 +214,7 @@ register(Operation("pool.remove", PoolRemove, _prepare_remove, _run_remove, role
 
 def _prepare_connect(state: State, target: str, request: PoolConnect) -> Prepared:
     pool, group = state.store.find(Pool, target), state.store.find(Group, request.group)
+    refuse_observed(pool)
     return Prepared(
         {"id": pool.id, "group": group.id}, locks([group.resource], [pool.resource]), f"connect pool {pool.name} to group {group.name}"
     )
@@ -280,7 +309,8 @@ async def _run_check(job: JobContext, request: dict[str, Any]) -> Any:
             found[name] = {"ok": False, "reason": error.message}
         if found[name]["ok"]:
             good.append((node, name))
-    writers = await measure_writers(job, decided["ref"], good)
+    observed = decided["ref"].get("observed", False)
+    writers = str(Writers.NONE) if observed else await measure_writers(job, decided["ref"], good)
 
     def record() -> Changes:
         pool = job.state.store.require(Pool, request["id"])
@@ -296,6 +326,7 @@ register(Operation("pool.check", Nothing, _prepare_check, _run_check))
 
 def _prepare_mark(state: State, target: str, request: PoolMark) -> Prepared:
     pool = state.store.find(Pool, target)
+    refuse_observed(pool)
     node = check_usable(state, state.store.find(Node, request.node)) if request.node else state.pool_node(pool)
     return Prepared({"id": pool.id, "node": node.id}, locks([node.resource], [pool.resource]), f"mark pool {pool.name} on {node.name}")
 
@@ -319,6 +350,7 @@ register(Operation("pool.mark", PoolMark, _prepare_mark, _run_mark, role="admin"
 
 def _prepare_modify(state: State, target: str, request: PoolModify) -> Prepared:
     pool = state.store.find(Pool, target)
+    refuse_observed(pool)
     return Prepared(frozen(request, id=pool.id), locks(exclusive=[pool.resource]), f"set pool {pool.name} to {request.state}")
 
 

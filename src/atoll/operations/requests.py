@@ -178,6 +178,8 @@ class PoolAdd(Request):
     driver: Name
     options: dict[str, str] = Field(default_factory=dict)
     groups: list[Ref] = Field(default_factory=list)
+    #: Only look at it: nothing is ever written there.
+    observe: bool = False
 
 
 class PoolRemove(Request):

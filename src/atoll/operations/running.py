@@ -117,16 +117,18 @@ async def undo_rights(job: JobContext, worker: str, disks: list[dict[str, Any]],
         await job.write(f"rights for disks by {worker}{suffix}", Changes, undo)
 
 
-async def note_writers(job: JobContext, instance: str, node: str, *, suffix: str = "") -> None:
-    """Let storage that can shut writers out remember the guest's clients: once its claim has left the node, they are shut out by name."""
+async def note_writers(job: JobContext, instance: str, node: str, *, volume: str = "", suffix: str = "") -> None:
+    """Let storage that can shut writers out remember the guest's clients (or those of one volume): once its claim has left the node, they
+    are shut out by name."""
 
     def plan() -> list[tuple[str, list[dict[str, Any]]]]:
         state: State = job.state
         found = connect_plan(state, state.store.require(Instance, instance), node)
-        return [(worker, kept) for worker, disks in found if (kept := [d for d in disks if "node" in d])]
+        return [(w, kept) for w, disks in found if (kept := [d for d in disks if "node" in d and volume in ("", d["volume"])])]
 
     for worker, disks in await job.read(f"disks to note{suffix}", plan):
-        await job.call(f"note who writes at {worker}{suffix}", worker, "disks.note", {"disks": disks}, deadline=60.0)
+        # Asked again until it is answered, and not journaled before: it changes nothing that an undo would take back.
+        await job.look(f"note who writes at {worker}{suffix}", worker, "disks.note", {"disks": disks}, accept=lambda _: None, deadline=60.0)
 
 
 async def revoke_rights(job: JobContext, instance: str, node: str, *, volume: str = "", suffix: str = "") -> None:

@@ -143,7 +143,15 @@ class State:
 
     def ref(self, pool: Pool, node: Node) -> PoolRef:
         """The pool as a driver on that node sees it."""
-        return PoolRef(id=pool.id, name=pool.name, driver=pool.driver, options=pool.options, node=node.name, cluster=self.identity)
+        return PoolRef(
+            id=pool.id,
+            name=pool.name,
+            driver=pool.driver,
+            options=pool.options,
+            node=node.name,
+            cluster=self.identity,
+            observed=pool.observed,
+        )
 
     def volumes_of(self, instance: Instance) -> list[tuple[Disk, Volume]]:
         """The disks of an instance with their volumes, in disk order."""

@@ -192,8 +192,8 @@ def pool(item: Pool, index: Index) -> Row:
         "name": item.name,
         "id": item.id,
         "driver": item.driver,
-        "state": item.state,
-        "state_reason": item.state_reason,
+        "state": "observed" if item.observed else item.state,
+        "state_reason": "only looked at: nothing is ever written there" if item.observed else item.state_reason,
         "groups": sorted(index.groups[g].name for g in item.groups if g in index.groups),
         "writers": item.writers.value,
         "volumes": len(volumes),
@@ -212,7 +212,7 @@ def pool(item: Pool, index: Index) -> Row:
 
 def capabilities(driver: DriverInfo) -> Row:
     """What a driver can, without its options."""
-    found = driver.model_dump(mode="json", exclude={"options", "name", "parameters", "data_roles"})
+    found = driver.model_dump(mode="json", exclude={"options", "name", "parameters", "data_roles", "quick"})
     found["access"] = sorted(found["access"])
     found["mirrored"], found["node_local"] = driver.mirrored, driver.node_local
     return found

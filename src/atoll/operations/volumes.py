@@ -239,6 +239,43 @@ async def _run_grow(job: JobContext, request: dict[str, Any]) -> Any:
 register(Operation("volume.grow", VolumeGrow, _prepare_grow, _run_grow))
 
 
+def _flattenable(state: State, target: str) -> Volume:
+    """The volume, if it can be told to stand by itself. Errors: NotFound, NotSupported, WrongState."""
+    volume = state.store.find(Volume, target)
+    driver = state.driver(state.store.require(Pool, volume.pool))
+    if not driver.clones:
+        raise NotSupported(
+            f"volumes of driver {driver.name} read from nothing but themselves: there is nothing to flatten", hint="atoll volume list"
+        )
+    if volume.state not in (VolumeState.AVAILABLE, VolumeState.IN_USE):
+        raise WrongState(f"volume {volume.name} is {volume.state}", hint="atoll job list")
+    return volume
+
+
+def _prepare_flatten(state: State, target: str, request: Nothing) -> Prepared:
+    volume = _flattenable(state, target)
+    # Its guest may run, but neither moves nor ends meanwhile; cancelling frees it at once.
+    shared = [f"pool:{volume.pool}", *([f"instance:{volume.instance}"] if volume.instance else [])]
+    return Prepared({"id": volume.id}, locks(shared, [volume.resource]), f"flatten volume {volume.name}", deadline=DAY)
+
+
+async def _run_flatten(job: JobContext, request: dict[str, Any]) -> Any:
+    def where() -> dict[str, Any]:
+        state: State = job.state
+        volume = _flattenable(state, request["id"])
+        node, ref = _any_ref(state, state.store.require(Pool, volume.pool))
+        return {"node": node, "ref": ref, "logical_id": volume.logical_id}
+
+    found = await job.read("where", where)
+    node, args = found["node"], {"ref": found["ref"], "logical_id": found["logical_id"]}
+    undo = Undo("volume.unflatten", {"volume": request["id"]}, node=node, dies=True)
+    copied = await job.call("flatten", node, "volume.flatten", args, undo=undo, deadline=DAY, span=(0.0, 100.0))
+    return {"volume": request["id"], "copied": copied}
+
+
+register(Operation("volume.flatten", Nothing, _prepare_flatten, _run_flatten))
+
+
 def _prepare_rename(state: State, target: str, request: Rename) -> Prepared:
     volume = state.store.find(Volume, target)
     check_new_name(state, Volume, request.new_name)

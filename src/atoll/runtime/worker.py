@@ -30,6 +30,12 @@ LIMIT = 64 << 20
 
 
 _MAIN = "atoll.runtime.workermain"
+#: Hears how far a call is, in percent.
+Told = Callable[[float], None]
+
+
+def nobody(percent: float) -> None:
+    """A ``Told`` that does not listen."""
 
 
 def _when_gone(pid: int, then: Callable[[], None]) -> Callable[[], None]:
@@ -129,13 +135,17 @@ class _Child:
     def usable(self) -> bool:
         return self.process.poll() is None and not self.reader.at_eof()
 
-    async def call(self, function: str, args: dict[str, Any]) -> Any:
+    async def call(self, function: str, args: dict[str, Any], told: Told) -> Any:
         self.writer.write(json.dumps({"function": function, "args": args}).encode() + b"\n")
         await self.writer.drain()
-        line = await self.reader.readline()
-        if not line.endswith(b"\n"):
-            raise ConnectionResetError("its process ended")
-        answer = json.loads(line)
+        while True:
+            line = await self.reader.readline()
+            if not line.endswith(b"\n"):
+                raise ConnectionResetError("its process ended")
+            answer = json.loads(line)
+            if "percent" not in answer:
+                break
+            told(answer["percent"])
         if "error" in answer:
             raise from_wire(answer["error"])
         return answer["result"]
@@ -192,8 +202,10 @@ class Worker:
         self._reason, self._since = "", 0.0
         self._closed, self._looked = False, not key
 
-    async def call(self, function: str, deadline: float, *, begun: Callable[[], None] | None = None, **args: Any) -> Any:
-        """The function's result, within ``deadline`` seconds; waiting for a free child counts.
+    async def call(
+        self, function: str, deadline: float, told: Told = nobody, *, begun: Callable[[], None] | None = None, **args: Any
+    ) -> Any:
+        """The function's result, within ``deadline`` seconds; waiting for a free child counts. ``told`` hears how far it is.
 
         ``begun`` is called when a child is about to be asked: until then the call waits for others of its kind, not for an answer.
         Errors: its own; DeadlineExceeded or Unreachable = outcome not known; PoolUnavailable = stalled; HostError.
@@ -213,7 +225,7 @@ class Worker:
                     await self._acquire()
             except TimeoutError:
                 raise DeadlineExceeded(f"{self.name}: {what} was not begun, other calls took more than {deadline:g} s") from None
-            return await self._carry_out(function, what, args, deadline, end, begun)
+            return await self._carry_out(function, what, args, deadline, end, told, begun)
 
     async def _acquire(self) -> None:
         await self._own.acquire()
@@ -230,7 +242,7 @@ class Worker:
             self._beside._own.release()
 
     async def _carry_out(
-        self, function: str, what: str, args: dict[str, Any], deadline: float, end: float, begun: Callable[[], None] | None
+        self, function: str, what: str, args: dict[str, Any], deadline: float, end: float, told: Told, begun: Callable[[], None] | None
     ) -> Any:
         try:
             child = self._idle() or await _Child.start(self._module, self._environment, self._key)
@@ -244,7 +256,7 @@ class Worker:
         try:
             async with asyncio.timeout_at(end):
                 try:
-                    result = await child.call(function, args)
+                    result = await child.call(function, args, told)
                 except AtollError:
                     healthy = True
                     raise

@@ -1,5 +1,5 @@
 """A worker process: ``python -m atoll.runtime.workermain FD MODULE PARENT``. Carries out calls one after the other, JSON lines over a
-socket.
+socket. Before a call's answer there may be lines that say how far it is.
 
 It ends when its parent does, also in the middle of a call: the next agent must not meet what the last one had begun. A call that
 hangs is ended from outside, by SIGKILL.
@@ -18,6 +18,7 @@ import traceback
 from typing import Any
 
 from atoll.model.errors import AtollError, HostError
+from atoll.runtime import percent
 
 _PR_SET_PDEATHSIG = 1
 
@@ -47,10 +48,16 @@ def main() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
     functions = importlib.import_module(sys.argv[2]).FUNCTIONS
     with connection, connection.makefile("rwb") as stream:
-        for line in stream:
-            answer = carry_out(functions, line)
-            stream.write(json.dumps(answer, default=str).encode() + b"\n")
+
+        def say(what: dict[str, Any]) -> None:
+            stream.write(json.dumps(what, default=str).encode() + b"\n")
             stream.flush()
+
+        for line in stream:
+            percent.listen(lambda done: say({"percent": done}))
+            answer = carry_out(functions, line)
+            percent.listen(None)
+            say(answer)
     os._exit(0)
 
 

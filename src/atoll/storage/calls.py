@@ -7,12 +7,14 @@ from typing import Any
 from atoll.model.errors import InvalidInput
 from atoll.model.messages import Connection, PoolRef
 from atoll.storage import registry
-from atoll.storage.contract import VolumeSpec, as_json
+from atoll.storage.contract import VolumeSpec, as_json, refuse_observed
 
 
 def pool_call(ref: dict[str, Any], method: str, args: dict[str, Any]) -> Any:
     """Call a method of a pool's pool half."""
-    driver = registry.pool(PoolRef(**ref))
+    pool = PoolRef(**ref)
+    refuse_observed(pool, method)
+    driver = registry.pool(pool)
     if method in ("create", "clone"):
         args = {**args, "spec": VolumeSpec(**args["spec"])}
     if method.startswith("_") or not hasattr(driver, method):

@@ -13,8 +13,22 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from atoll.model.errors import PoolObserved
 from atoll.model.health import Health
-from atoll.model.messages import Attached, Connection, PoolRef, PoolStatus, SnapshotStat, Space, VolumeStat, Waiting, Writer
+from atoll.model.messages import (
+    Attached,
+    Connection,
+    ImageSeen,
+    PoolRef,
+    PoolStatus,
+    Readiness,
+    SnapshotStat,
+    Space,
+    VolumeStat,
+    Waiting,
+    Writer,
+)
+from atoll.runtime.worker import Told, nobody
 
 
 class Mirroring(StrEnum):
@@ -64,6 +78,10 @@ class DriverInfo(BaseModel):
     fencing: bool = False
     #: Its pool half is a ``WatchedPool``: the storage is a service that tells how it is.
     health: bool = False
+    #: Its pool half is an ``ObservingPool``: it can look at storage that is nobody's pool, with rights that only allow that.
+    observe: bool = False
+    #: Making a volume, also from a snapshot, takes a moment whatever its size: no data are written.
+    quick: bool = False
     #: Largest size of a volume, in bytes.
     max_size: int = 1 << 60
     #: Sizes are rounded up to a multiple of this, in bytes.
@@ -165,12 +183,19 @@ class PoolDriver(Protocol):
 class FencingPool(PoolDriver, Protocol):
     """The pool half of storage that can shut writers out (``DriverInfo.fencing``)."""
 
-    def note(self, logical_id: str) -> list[str]:
-        """Remember who has it open now: the guest that was just started, or both sides of a migration."""
+    def note(self, logical_id: str, node: str = "") -> list[str]:
+        """Remember who has it open now: the guest that was just started on the node (its name), or both sides of a migration to it."""
+
+    def readmit(self, node: str) -> list[str]:
+        """Let those in again who were shut out as guests of the node: it is back, and has said that none of them is left. Others stay shut
+        out. Who was let in."""
 
     def fence(self, logical_id: str, whom: Literal["none", "known", "all"], volume: str = "") -> list[str]:
         """Shut out, for good, who may still write it: nobody, those that were noted (who are known to be gone), or everybody; and remove
         what the dead have left. With a ``volume``, the rights that nodes had for it go first. Who was shut out. Errors: NotFound."""
+
+    def ready(self, logical_id: str, whom: Literal["none", "known", "all"], volume: str = "") -> Readiness:
+        """``stat``, ``fence`` and ``writers`` in one, for a guest that shall start: with one look where nobody has the image open."""
 
     def revoke(self, volume: str, node: str = "") -> None:
         """Take the rights that a node (all: empty) had for a volume; none is success."""
@@ -183,6 +208,25 @@ class WatchedPool(PoolDriver, Protocol):
     def health(self) -> Health:
         """One sample. It is taken every few seconds, also while calls that touch data hang: it waits for nothing that does. What cannot be
         told in a second or two is left out, and the sample says so. Errors: PoolUnavailable (nobody answers)."""
+
+
+#: What the pool half does for a pool that is only looked at. None of these writes.
+LOOKS = frozenset({"check", "space", "health", "volumes", "stat", "writers", "snapshots", "waiting", "images"})
+
+
+def refuse_observed(ref: PoolRef, method: str) -> None:
+    """Errors: PoolObserved for what might write to a pool that is only looked at."""
+    if ref.observed and method not in LOOKS:
+        raise PoolObserved(f"pool {ref.name} is only observed: {method} might write to it")
+
+
+@runtime_checkable
+class ObservingPool(PoolDriver, Protocol):
+    """The pool half of storage that can be looked at without being marked (``DriverInfo.observe``). With ``ref.observed`` it looks at no
+    mark, and leaves nothing of itself."""
+
+    def images(self) -> list[ImageSeen]:
+        """All images, other people's included, and who has them open. Errors: PoolUnavailable."""
 
 
 @runtime_checkable
@@ -207,6 +251,11 @@ class SnapshotPool(PoolDriver, Protocol):
     def clone(self, spec: VolumeSpec, snapshot: str) -> str:
         """Make a volume that begins with what the snapshot (a logical id) holds; gives its logical id.
         Errors: NotFound, ShrinkRefused (it is larger), PoolFull, Conflict."""
+
+    def flatten(self, logical_id: str) -> bool:
+        """Give the image all that it still reads of what it was made from, also while a guest writes it; whether there was anything.
+        What was copied before it was broken off stays copied: repeating it goes on. It tells how far it is (``runtime.percent``).
+        Errors: NotFound, DiskInUse (its guest may not write to what it reads)."""
 
     def waiting(self) -> list[Waiting]:
         """What was deleted and is still there, and why."""
@@ -261,8 +310,8 @@ class StorageAccess(Protocol):
     PoolUnavailable when the pool is stalled.
     """
 
-    async def pool(self, ref: PoolRef, method: str, deadline: float, **args: Any) -> Any:
-        """Call the pool half."""
+    async def pool(self, ref: PoolRef, method: str, deadline: float, told: Told = nobody, **args: Any) -> Any:
+        """Call the pool half. ``told`` hears how far it is, in percent, where the driver tells."""
 
     async def connector(self, pool: str, driver: str, method: str, deadline: float, **args: Any) -> Any:
         """Call the node half, in the worker of the pool with this id."""

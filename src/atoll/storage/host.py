@@ -13,7 +13,7 @@ import structlog
 
 from atoll.model.errors import UNKNOWN_OUTCOME, AtollError, PoolUnavailable
 from atoll.model.messages import PoolRef
-from atoll.runtime.worker import LONG, STALLED_HINT, Worker
+from atoll.runtime.worker import LONG, STALLED_HINT, Told, Worker, nobody
 
 log = structlog.get_logger()
 _MODULE = "atoll.storage.calls"
@@ -41,7 +41,7 @@ class _Pool:
         self.name, self.ref = ref.name, ref.model_dump(mode="json")
         self.worker.name = self.sticky.name = self.watch.name = f"pool {ref.name}"
 
-    async def call(self, function: str, what: str, deadline: float, **args: Any) -> Any:
+    async def call(self, function: str, what: str, deadline: float, told: Told = nobody, **args: Any) -> Any:
         if what in _WATCHING:
             return await self.watch.call(function, deadline, method=what, **args)
         if why := self.stalled():
@@ -56,7 +56,8 @@ class _Pool:
                 timer = loop.call_later(SILENT, self._silent, loop.time(), what)
 
         try:
-            result = await (self.sticky if what in _STICKY else self.worker).call(function, deadline, begun=begun, method=what, **args)
+            worker = self.sticky if what in _STICKY else self.worker
+            result = await worker.call(function, deadline, told, begun=begun, method=what, **args)
         except UNKNOWN_OUTCOME:
             raise
         except AtollError:
@@ -124,11 +125,11 @@ class StorageHost:
             self._pools[ident] = _Pool(ident, self._environment)
         return self._pools[ident]
 
-    async def pool(self, ref: PoolRef, method: str, deadline: float, **args: Any) -> Any:
+    async def pool(self, ref: PoolRef, method: str, deadline: float, told: Told = nobody, **args: Any) -> Any:
         """See ``StorageAccess``."""
         pool = self._pool(ref.id)
         pool.know(ref)
-        result = await pool.call("pool", method, deadline, ref=pool.ref, args=args)
+        result = await pool.call("pool", method, deadline, told, ref=pool.ref, args=args)
         if method == "forget" and self._pools.pop(ref.id, None) is not None:
             await pool.close()
         return result

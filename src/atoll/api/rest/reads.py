@@ -110,6 +110,11 @@ def router(leader: Leader) -> APIRouter:
         auth.require(request, leader, "reader")
         return answer(await leader.storage_status(target))
 
+    @routes.get("/v1/pools/{target}/images", tags=["pool"], summary="What lies in a pool now, other people's images included")
+    async def images(request: Request, target: str) -> Response:
+        auth.require(request, leader, "reader")
+        return answer({"items": await leader.pool_images(target)})
+
     for noun in views.KINDS:
         _reads_of(routes, leader, noun)
     return routes

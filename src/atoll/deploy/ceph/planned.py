@@ -20,7 +20,7 @@ def admit_step(
     """When these monitors agree: keys and capabilities of managers (and of clients), and numbers for OSDs."""
     rbd = f"profile rbd pool={made.pool}"
     clients = {
-        CONTROLLER: {"mon": 'profile rbd, allow command "osd blocklist"', "mgr": f"{rbd}, allow r", "osd": rbd},
+        CONTROLLER: {"mon": 'profile rbd, allow command "osd blocklist" with blocklistop=rm', "mgr": f"{rbd}, allow r", "osd": rbd},
         NODE_USER: {"mon": "allow r", "osd": rbd},
     }
     manager = {"mon": "allow profile mgr", "osd": "allow *", "mds": "allow *"}

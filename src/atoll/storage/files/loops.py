@@ -51,6 +51,7 @@ def _status(device: int) -> tuple[tuple[int, int], int, bytes] | None:
     try:
         fcntl.ioctl(device, _GET_STATUS, data)
     except OSError as error:
+        # ENOTCONN: what it is on has gone (a FUSE file system whose process died). It is none of ours, and must not hide the others.
         if error.errno in (errno.ENXIO, errno.ENOTCONN):
             return None
         raise

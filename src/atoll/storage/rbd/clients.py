@@ -15,12 +15,12 @@ import rados
 import rbd
 
 from atoll.model.errors import DeadlineExceeded, NotFound
-from atoll.storage.rbd.connections import Link, check_name
+from atoll.storage.rbd.connections import Link, ask, check_name
 from atoll.storage.rbd.marks import MARK
 
 #: Whom ``fence`` shuts out: nobody, the guests that were noted (they are known to be gone), or everybody who has the image open.
 Whom = Literal["none", "known", "all"]
-_AGENT, _GUEST = "agent/", "guest/"
+_AGENT, _GUEST, _FENCED = "agent/", "guest/", "fenced/"
 #: Seconds that a blocklist entry stands. A client that is shut out never comes back under its address: what is cut off now may try again
 #: in weeks, but not in years.
 _EXPIRE = 5 * 365 * 86400
@@ -106,13 +106,30 @@ def _lockers(image: Any) -> list[tuple[str, str, str]]:
     return [(client, cookie, plain(address)) for client, cookie, address in found["lockers"]] if found else []
 
 
-def note(link: Link, name: str) -> list[str]:
-    """Remember who has the image open now: a guest that has just been started, or both sides of a migration."""
+def quiet(link: Link, image: Any, whom: Whom) -> bool:
+    """Whether ``fence`` has nothing to do: nobody has it open, no lock is left, and nobody who could come back is known."""
+    if strangers(link, image) or _lockers(image):
+        return False
+    key = _GUEST + image.id()
+    noted = _noted(link, key)
+    if noted and whom != "all":
+        drop(link, key)
+    return not noted or whom != "all"
+
+
+def _noted(link: Link, key: str) -> dict[str, str]:
+    """Address -> the node (a name) whose guest it is; empty where nobody has said."""
+    found = remembered(link, key).get(key, {})
+    return found if isinstance(found, dict) else dict.fromkeys(found, "")
+
+
+def note(link: Link, name: str, node: str) -> list[str]:
+    """Remember who has the image open now: a guest that has just been started on the node, or both sides of a migration to it."""
     with opened(link, name) as image:
         found = strangers(link, image)
         key = _GUEST + image.id()
-    known = remembered(link, key).get(key, [])
-    remember(link, key, sorted({*known, *found})[-32:])
+    known = _noted(link, key)
+    remember(link, key, dict([*known.items(), *((address, node) for address in found if address not in known)][-32:]))
     return found
 
 
@@ -130,16 +147,16 @@ def fence(link: Link, name: str, whom: Whom) -> list[str]:
     done: list[str] = []
     with opened(link, name) as image:
         key = _GUEST + image.id()
-        known = set(remembered(link, key).get(key, []))
+        known = _noted(link, key)
         if whom == "all":
             # Not only who is seen now: a client that is cut off has no watch any more, and may have no lock yet.
-            done += _shut_out(link, [address for address in sorted(known) if address not in done])
+            done += _shut_out(link, [address for address in sorted(known) if address not in done], known)
         while True:
             present = strangers(link, image)
             wrong = [address for address in present if whom == "all" or (whom == "known" and address in known)]
             if not wrong:
                 break
-            done += _shut_out(link, [address for address in wrong if address not in done])
+            done += _shut_out(link, [address for address in wrong if address not in done], known)
             if time.monotonic() >= end:
                 raise DeadlineExceeded(
                     f"{', '.join(wrong)} still watch image {name}, although they are shut out", hint="ceph osd blocklist ls"
@@ -147,15 +164,18 @@ def fence(link: Link, name: str, whom: Whom) -> list[str]:
             time.sleep(0.1)
         stale = [] if present else [locker for locker in _lockers(image) if locker[2] not in watchers(image)]
     if stale:
-        done += _shut_out(link, [address for _, _, address in stale if address not in done])
+        done += _shut_out(link, [address for _, _, address in stale if address not in done], known)
         _break(link, name, stale)
     if not present and known:
         drop(link, key)
     return done
 
 
-def _shut_out(link: Link, addresses: list[str]) -> list[str]:
+def _shut_out(link: Link, addresses: list[str], nodes: dict[str, str]) -> list[str]:
     for address in addresses:
+        if node := nodes.get(address):
+            # Before it is done: what is remembered and was not done does no harm.
+            remember(link, f"{_FENCED}{node}/{address}", {"at": time.time()})
         command = {"prefix": "osd blocklist", "blocklistop": "add", "addr": address, "expire": float(_EXPIRE)}
         code, _, words = link.cluster.mon_command(json.dumps(command), b"")
         if code:
@@ -163,6 +183,27 @@ def _shut_out(link: Link, addresses: list[str]) -> list[str]:
     if addresses:
         link.cluster.wait_for_latest_osdmap()
     return addresses
+
+
+def readmit(link: Link, node: str) -> list[str]:
+    """Remove the entries that were made for guests of the node, which has said that none of them is left; the addresses. Who else was
+    shut out stays so."""
+    prefix = f"{_FENCED}{node}/"
+    ours = {key: key.removeprefix(prefix) for key in remembered(link, prefix)}
+    if not ours:
+        return []
+    # Not ``osd blocklist ls``, whose answer is no JSON in Ceph 16.
+    present = {plain(address) for address in ask(link.cluster, "osd dump")["blocklist"]}
+    gone = []
+    for key, address in ours.items():
+        if address in present:
+            command = {"prefix": "osd blocklist", "blocklistop": "rm", "addr": address}
+            code, _, words = link.cluster.mon_command(json.dumps(command), b"")
+            if code:
+                raise rados.OSError(f"letting {address} in again: {words}", errno=abs(code))
+            gone.append(address)
+        drop(link, key)
+    return gone
 
 
 def _break(link: Link, name: str, lockers: list[tuple[str, str, str]]) -> None:

@@ -6,7 +6,8 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from atoll.model.errors import AtollError, HostError, InvalidInput, PoolFull, PoolUnavailable
@@ -21,6 +22,7 @@ except ImportError:  # pragma: no cover
 #: Seconds for the monitors to answer, at first and later. A call that hangs in an OSD ends with the worker, at the call's deadline:
 #: then its outcome is unknown, and a time-out in here would only hide that.
 _CONNECT, _COMMAND = 10, 15
+_RECENT = 1.0
 #: What users may do with a broken-off connection: make another one.
 GONE = (errno.ESHUTDOWN, errno.ENOTCONN)
 _abandoned: list[Any] = []
@@ -32,8 +34,14 @@ class Link:
 
     def __init__(self, cluster: Any, ioctx: Any) -> None:
         self.cluster, self.ioctx = cluster, ioctx
-        #: Whether this connection's address has been told to the other nodes.
-        self.registered = False
+        self._told: dict[str, tuple[float, Any]] = {}
+
+    def recent(self, key: str, ask: Callable[[], Any]) -> Any:
+        """An answer of the monitors about the whole pool that may be a second old: Ceph itself renews it more seldom than that."""
+        known = self._told.get(key)
+        if known is None or time.monotonic() - known[0] > _RECENT:
+            known = self._told[key] = time.monotonic(), ask()
+        return known[1]
 
     @property
     def addresses(self) -> list[str]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import re
+import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import rados
 import rbd
 
 from atoll.model.errors import Conflict, DiskInUse, InvalidInput, InvalidSize, NotFound, PoolFull, ShrinkRefused
-from atoll.model.messages import VolumeStat
+from atoll.model.messages import ImageSeen, VolumeStat
 from atoll.model.units import format_size
 from atoll.storage.contract import VolumeSpec
 from atoll.storage.rbd import clients
@@ -104,6 +106,15 @@ def describe(link: Link, logical_id: str) -> VolumeStat | None:
         return None
 
 
+def glance(link: Link, logical_id: str, whom: clients.Whom) -> tuple[VolumeStat | None, bool]:
+    """An image without what it takes, None when it is not there; and whether there is nobody to be shut out of it."""
+    try:
+        with clients.opened(link, logical_id) as image:
+            return _as_stat(image, logical_id, allocated=False), clients.quiet(link, image, whom)
+    except NotFound:
+        return None, True
+
+
 def everything(link: Link) -> list[VolumeStat]:
     """All images but the pool's own, in the order of their names; those that are half made or half deleted, too, with size 0."""
 
@@ -115,6 +126,30 @@ def everything(link: Link) -> list[VolumeStat]:
             return VolumeStat(logical_id=name, size=0, volume=volume_of(name))
 
     names = sorted(name for name in rbd.RBD().list(link.ioctx) if not name.startswith((HIDDEN, KEPT)))
+    with ThreadPoolExecutor(_LOOKERS) as pool:
+        return list(pool.map(one, names))
+
+
+def seen(link: Link) -> list[ImageSeen]:
+    """All images with who has them open, in the order of their names; the pool's own probe is none. It only reads."""
+
+    def one(name: str) -> ImageSeen:
+        try:
+            with clients.opened(link, name) as image:
+                who = [f"the Ceph client at {address}" for address in clients.strangers(link, image)]
+                made = [snap["name"] for snap in user_snapshots(image)]
+                try:
+                    spec = image.get_parent_image_spec()
+                    parent = f"{spec['image_name']}@{spec['snap_name']}"
+                except rbd.ImageNotFound:
+                    parent = ""
+                modified = image.modify_timestamp().timestamp()
+                facts = {"modified": modified, "writers": who, "snapshots": made, "parent": parent}
+                return ImageSeen(name=name, size=image.size(), volume=volume_of(name), **facts)
+        except NotFound:
+            return ImageSeen(name=name, size=0, volume=volume_of(name))
+
+    names = sorted(name for name in rbd.RBD().list(link.ioctx) if not name.startswith(HIDDEN))
     with ThreadPoolExecutor(_LOOKERS) as pool:
         return list(pool.map(one, names))
 
@@ -148,8 +183,11 @@ def _exists(link: Link, name: str) -> bool:
 def refuse_writer(link: Link, logical_id: str) -> None:
     """Errors: DiskInUse, NotFound."""
     with clients.opened(link, logical_id) as image:
-        who = clients.strangers(link, image)
-    if who:
+        _refuse_strangers(link, image, logical_id)
+
+
+def _refuse_strangers(link: Link, image: Any, logical_id: str) -> None:
+    if who := clients.strangers(link, image):
         raise DiskInUse(f"{logical_id} is open for writing: the client at {', '.join(who)}")
 
 
@@ -198,13 +236,13 @@ def delete(link: Link, logical_id: str, pool: str) -> None:
     last of them is deleted. Errors: DiskInUse, Conflict (it has snapshots made by hand)."""
     check_name(logical_id)
     try:
-        refuse_writer(link, logical_id)
-        with clients.opened(link, logical_id, read_only=False) as image:
+        with clients.opened(link, logical_id) as image:
+            _refuse_strangers(link, image, logical_id)
             ident = image.id()
             _refuse_snapshots(image, logical_id)
             kept = bool(user_snapshots(image))
-            if not kept:
-                image.metadata_set(DELETED, pool)
+        if not kept:
+            set_metadata(link, ident, DELETED, pool)
         if kept:
             rbd.RBD().rename(link.ioctx, logical_id, KEPT + ident)
         else:
@@ -267,9 +305,19 @@ def _let_go(link: Link, name: str, pool: str) -> None:
     with clients.opened(link, name) as image:
         if user_snapshots(image):
             return
-    with clients.opened(link, name, read_only=False) as image:
-        image.metadata_set(DELETED, pool)
+        ident = image.id()
+    set_metadata(link, ident, DELETED, pool)
     rbd.RBD().trash_move(link.ioctx, name, 0)
+
+
+def set_metadata(link: Link, ident: str, key: str, value: str) -> None:
+    """As librbd does it, in one go: to do it by an open image takes a watch, the image's lock and its object map, all for one write, which
+    is most of the time of a deletion. Nobody has the image open. Errors: NotFound."""
+    pair = b"".join(struct.pack("<I", len(text)) + text for text in (key.encode(), value.encode()))
+    try:
+        link.ioctx.execute(f"rbd_header.{ident}", "rbd", "metadata_set", struct.pack("<I", 1) + pair)
+    except rados.ObjectNotFound:
+        raise NotFound(f"there is no image with the id {ident}") from None
 
 
 def ours(link: Link, ident: str, pool: str) -> bool:

@@ -1,23 +1,25 @@
 """A Ceph user for each attached volume, which can use that image and nothing else (PROTOCOLS 3).
 
-The managing user makes and removes them. Keys do not travel: the node's own user may do one thing, fetch the keys of its own volumes.
+A user of its own makes and removes them, which can do nothing else (``mintcaps``), or the managing user. Keys do not travel: the node's own
+user may do one thing, fetch the keys of its own volumes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import rados
 import rbd
 
 from atoll.model.errors import Conflict, PoolUnavailable
-from atoll.storage.rbd import clients, connections
+from atoll.storage.rbd import clients, connections, mintcaps
 from atoll.storage.rbd.connections import Link
 from atoll.storage.rbd.options import RbdOptions
 
 _GRANTED = "granted/"
-_MON = "allow r"
 
 
 def user_of(node_user: str, volume: str) -> str:
@@ -81,19 +83,30 @@ def _command(cluster: Any, prefix: str, **arguments: Any) -> tuple[int, bytes, s
     return code, out, words
 
 
+@contextlib.contextmanager
+def _minter(link: Link, options: RbdOptions) -> Iterator[tuple[Any, str]]:
+    """The connection that may make users, and whose it is. It is not kept: nobody else in this process shall come by it."""
+    if not options.mint_user:
+        yield link.cluster, options.user
+        return
+    with connections.other_user(options, options.mint_user, options.mint_keyring) as cluster:
+        yield cluster, options.mint_user
+
+
 def grant(link: Link, options: RbdOptions, name: str, volume: str) -> str:
     """Let the node use the image, by a user of its own; the user's name. Errors: NotFound, PoolUnavailable."""
     user = user_of(options.node_user, volume)
     _check_alone(link, name)
-    wanted = ["mon", _MON, "osd", caps(link, options, name)]
+    wanted = ["mon", mintcaps.MON, "osd", caps(link, options, name), "mgr", mintcaps.MGR, "mds", mintcaps.MDS]
     clients.remember(link, f"{_GRANTED}{volume}/{user}", {"image": name})
-    code, _, words = _command(link.cluster, "auth get-or-create", entity=f"client.{user}", caps=wanted)
-    if code == -22:
-        # It is there with other rights: the image has been renamed, or was cloned from somewhere else.
-        code, _, words = _command(link.cluster, "auth caps", entity=f"client.{user}", caps=wanted)
+    with _minter(link, options) as (cluster, minter):
+        code, _, words = _command(cluster, "auth get-or-create", entity=f"client.{user}", caps=wanted)
+        if code == -22:
+            # It is there with other rights: the image has been renamed, or was cloned from somewhere else.
+            code, _, words = _command(cluster, "auth caps", entity=f"client.{user}", caps=wanted)
     if code:
         raise PoolUnavailable(
-            f"client.{options.user} cannot make the Ceph user client.{user}: {words or code}", hint="see docs/howto/adopt-a-ceph-cluster.md"
+            f"client.{minter} cannot make the Ceph user client.{user}: {words or code}", hint="see docs/howto/adopt-a-ceph-cluster.md"
         )
     return user
 
@@ -112,14 +125,16 @@ def _check_alone(link: Link, name: str) -> None:
 
 def revoke(link: Link, options: RbdOptions, volume: str, only: str = "") -> None:
     """Remove the users of a volume (or only this one); none is success. Who is connected stays so until he is shut out: ``fence``."""
-    for key in clients.remembered(link, f"{_GRANTED}{volume}/"):
-        user = key.rpartition("/")[2]
-        if only not in ("", user):
-            continue
-        code, _, words = _command(link.cluster, "auth del", entity=f"client.{user}")
-        if code:
-            raise PoolUnavailable(f"client.{options.user} cannot remove the Ceph user client.{user}: {words or code}")
-        clients.drop(link, key)
+    granted = {key: key.rpartition("/")[2] for key in clients.remembered(link, f"{_GRANTED}{volume}/")}
+    granted = {key: user for key, user in granted.items() if only in ("", user)}
+    if not granted:
+        return
+    with _minter(link, options) as (cluster, minter):
+        for key, user in granted.items():
+            code, _, words = _command(cluster, "auth del", entity=f"client.{user}")
+            if code:
+                raise PoolUnavailable(f"client.{minter} cannot remove the Ceph user client.{user}: {words or code}")
+            clients.drop(link, key)
 
 
 def fetch(options: RbdOptions, user: str, node_user: str, keyring: str) -> str:

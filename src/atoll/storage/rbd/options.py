@@ -27,6 +27,12 @@ OPTIONS = (
         default="none",
         choices=("none", "volume"),
     ),
+    Option(
+        name="mint_user",
+        description="with isolation=volume: the Ceph user that makes the users of volumes and can do nothing else, without `client.`; "
+        "empty: the managing user does that, too",
+    ),
+    Option(name="mint_keyring", description="its keyring on nodes that manage storage; empty: /etc/ceph/ceph.client.USER.keyring"),
     Option(name="features", description="features of new images, as a number", default="61"),
     Option(name="data_pool", description="the Ceph pool for the data of new images, such as an erasure-coded one; empty: the same"),
 )
@@ -59,6 +65,9 @@ class RbdOptions:
     isolated: bool
     features: int
     data_pool: str
+    #: Who makes users of volumes; empty: the managing user.
+    mint_user: str = ""
+    mint_keyring: str = ""
 
     @property
     def where(self) -> str:
@@ -74,16 +83,16 @@ def parse(ref: PoolRef) -> RbdOptions:
     for option in OPTIONS:
         if option.choices and values[option.name] not in option.choices:
             raise InvalidInput(f"option {option.name} is one of {', '.join(option.choices)}, not {values[option.name]!r}")
-    for name in ("pool", "namespace", "data_pool", "user"):
+    for name in ("pool", "namespace", "data_pool", "user", "mint_user"):
         if values[name] and not _WORD.match(values[name]):
             raise InvalidInput(f"option {name} of pool {ref.name} is a name of Ceph's, not {values[name]!r}")
     for name in ("node_user", "node_keyring"):
         values[name] = values[name].replace("{node}", ref.node or "node")
     if not _WORD.match(values["node_user"]):
         raise InvalidInput(f"option node_user of pool {ref.name} is a name of Ceph's, not {values['node_user']!r}")
-    for name, user in (("keyring", "user"), ("node_keyring", "node_user")):
+    for name, user in (("keyring", "user"), ("node_keyring", "node_user"), ("mint_keyring", "mint_user")):
         values[name] = values[name] or f"/etc/ceph/ceph.client.{values[user]}.keyring"
-    for name in ("conf", "keyring", "node_keyring"):
+    for name in ("conf", "keyring", "node_keyring", "mint_keyring"):
         if not os.path.isabs(values[name]):
             raise InvalidInput(f"option {name} of pool {ref.name} is not an absolute path: {values[name]!r}")
     try:
@@ -106,4 +115,6 @@ def parse(ref: PoolRef) -> RbdOptions:
         isolated=values["isolation"] == "volume",
         features=features,
         data_pool=values["data_pool"],
+        mint_user=values["mint_user"],
+        mint_keyring=values["mint_keyring"],
     )

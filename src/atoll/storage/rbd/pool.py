@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from atoll.model.errors import AtollError, NotSupported, PoolUnavailable
 from atoll.model.health import Health
-from atoll.model.messages import Connection, PoolRef, PoolStatus, SnapshotStat, Space, VolumeStat, Waiting, Writer
+from atoll.model.messages import Connection, ImageSeen, PoolRef, PoolStatus, Readiness, SnapshotStat, Space, VolumeStat, Waiting, Writer
 from atoll.storage.contract import VolumeSpec
 from atoll.storage.rbd import connections, options
 
@@ -36,7 +36,8 @@ class Pool:
     def _using(self, what: str, *, unmarked: bool = False) -> Any:
         chosen = self._options
         with connections.using(chosen, what) as link:
-            if not unmarked:
+            # Nothing is written to what is only looked at, and it may be anybody's.
+            if not unmarked and not self.ref.observed:
                 marks.check(link.ioctx, self.ref, chosen.where)
                 clients.introduce(link, self.ref.node)
             yield link
@@ -121,6 +122,11 @@ class Pool:
         with self._using("listing images") as link:
             return images.everything(link)
 
+    def images(self) -> list[ImageSeen]:
+        """See ``ObservingPool``."""
+        with self._using("listing images") as link:
+            return images.seen(link)
+
     def snapshot(self, logical_id: str, snapshot: str) -> SnapshotStat:
         """See ``SnapshotPool``."""
         with self._using(f"making a snapshot of image {logical_id}") as link:
@@ -143,6 +149,11 @@ class Pool:
                 images.refuse_full(space.space(link, self._options).free, self._options)
             return snaps.clone(link, self._options, spec, snapshot, self.ref.id)
 
+    def flatten(self, logical_id: str) -> bool:
+        """See ``SnapshotPool``."""
+        with self._using(f"copying what image {logical_id} reads of others") as link:
+            return snaps.flatten(link, self._options, logical_id, self.ref.id)
+
     def waiting(self) -> list[Waiting]:
         """See ``SnapshotPool``."""
         with self._using("looking at what was deleted") as link:
@@ -158,10 +169,15 @@ class Pool:
         with self._using(f"asking who has image {logical_id} open") as link, clients.opened(link, logical_id) as image:
             return [Writer(who=f"the Ceph client at {address}") for address in clients.strangers(link, image)]
 
-    def note(self, logical_id: str) -> list[str]:
+    def note(self, logical_id: str, node: str = "") -> list[str]:
         """See ``FencingPool``."""
         with self._using(f"asking who has image {logical_id} open") as link:
-            return clients.note(link, logical_id)
+            return clients.note(link, logical_id, node)
+
+    def readmit(self, node: str) -> list[str]:
+        """See ``FencingPool``."""
+        with self._using(f"letting clients of node {node} in again") as link:
+            return clients.readmit(link, node)
 
     def fence(self, logical_id: str, whom: clients.Whom, volume: str = "") -> list[str]:
         """See ``FencingPool``."""
@@ -169,6 +185,17 @@ class Pool:
             if volume and whom != "none":
                 minting.revoke(link, self._options, volume)
             return clients.fence(link, logical_id, whom)
+
+    def ready(self, logical_id: str, whom: clients.Whom, volume: str = "") -> Readiness:
+        """See ``FencingPool``."""
+        with self._using(f"making image {logical_id} ready") as link:
+            if volume and whom != "none":
+                minting.revoke(link, self._options, volume)
+            stat, quiet = images.glance(link, logical_id, whom)
+            if stat is None or quiet:
+                return Readiness(stat=stat)
+            out = clients.fence(link, logical_id, whom)
+        return Readiness(stat=stat, out=out, writers=self.writers(logical_id))
 
     def revoke(self, volume: str, node: str = "") -> None:
         """See ``FencingPool``."""

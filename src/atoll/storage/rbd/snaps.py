@@ -16,6 +16,7 @@ import rbd
 from atoll.model.errors import Conflict, DiskInUse, InvalidInput, NotFound, NotSupported, ShrinkRefused
 from atoll.model.messages import SnapshotStat, Waiting
 from atoll.model.units import format_size
+from atoll.runtime import percent
 from atoll.storage.contract import VolumeSpec
 from atoll.storage.rbd import clients, images
 from atoll.storage.rbd.connections import Link
@@ -59,14 +60,15 @@ def take(link: Link, logical_id: str, snapshot: str) -> SnapshotStat:
                 f"image {logical_id} has no layering: no volume could be made from its snapshots",
                 hint=f"make an image that has it: rbd deep cp --image-feature layering,exclusive-lock POOL/{logical_id} POOL/NEW",
             )
-        if _size(image, snapshot) is None:
-            try:
-                image.create_snap(snapshot)
-            except rbd.ImageExists:
-                pass
-        size = _size(image, snapshot)
-        if size is None:
-            raise NotFound(f"snapshot {snapshot} was removed by somebody else")
+        try:
+            image.create_snap(snapshot)
+            # Nobody grows it meanwhile: its volume is this job's.
+            size = int(image.size())
+        except rbd.ImageExists:
+            found = _size(image, snapshot)
+            if found is None:
+                raise NotFound(f"snapshot {snapshot} was removed by somebody else") from None
+            size = found
         return SnapshotStat(logical_id=f"{image.id()}@{snapshot}", snapshot=snapshot, size=size, source=logical_id)
 
 
@@ -106,16 +108,20 @@ def clone(link: Link, options: RbdOptions, spec: VolumeSpec, logical_id: str, po
         raise NotFound(f"there is no snapshot {snapshot} of image {source}", hint="atoll cluster verify")
     if spec.size < size:
         raise ShrinkRefused(f"snapshot {snapshot} has {format_size(size)}; a volume from it cannot have {format_size(spec.size)}")
-    if _finished(link, name, spec):
-        return name
-    # Half made, perhaps without its parent yet: nobody has ever used it.
-    images.delete(link, name, pool)
-    features = options.features | LAYERING
-    rbd.RBD().clone(link.ioctx, source, snapshot, link.ioctx, name, features=features, data_pool=options.data_pool or None)
-    with clients.opened(link, name, read_only=False) as image:
-        if image.size() < spec.size:
+    arguments = {"features": options.features | LAYERING, "data_pool": options.data_pool or None}
+    try:
+        rbd.RBD().clone(link.ioctx, source, snapshot, link.ioctx, name, **arguments)
+    except rbd.ImageExists:
+        if _finished(link, name, spec):
+            return name
+        # Half made, perhaps without its parent yet: nobody has ever used it.
+        images.delete(link, name, pool)
+        rbd.RBD().clone(link.ioctx, source, snapshot, link.ioctx, name, **arguments)
+    with clients.opened(link, name, read_only=size >= spec.size) as image:
+        if size < spec.size:
             image.resize(spec.size)
-        image.metadata_set(CLONED, spec.volume)
+        clone = image.id()
+    images.set_metadata(link, clone, CLONED, spec.volume)
     return name
 
 
@@ -131,6 +137,32 @@ def _finished(link: Link, name: str, spec: VolumeSpec) -> bool:
             return done
     except NotFound:
         return False
+
+
+def _told(done: int, total: int) -> int:
+    percent.tell(100.0 * done / max(total, 1))
+    return 0
+
+
+def flatten(link: Link, options: RbdOptions, logical_id: str, pool: str) -> bool:
+    """Copy what the image reads of others into it; whether there was anything. Where a guest has it open, its QEMU does that.
+
+    Errors: NotFound, DiskInUse.
+    """
+    with clients.opened(link, logical_id, read_only=False) as image:
+        try:
+            image.get_parent_image_spec()
+        except rbd.ImageNotFound:
+            return False
+        if options.isolated and clients.strangers(link, image):
+            raise DiskInUse(
+                f"image {logical_id} is open, and its guest's Ceph user may not tell the image that it was made from that it is done",
+                hint="stop its instance first, with isolation=volume",
+            )
+        image.flatten(on_progress=_told)
+    # What only this one had kept can go.
+    images.sweep(link, pool)
+    return True
 
 
 def everything(link: Link) -> list[SnapshotStat]:

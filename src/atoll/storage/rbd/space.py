@@ -18,7 +18,7 @@ def ask(link: Link, prefix: str, **more: str) -> Any:
 
 def space(link: Link, options: RbdOptions) -> Space:
     """Total and free bytes of the pool that takes the data; a quota counts. Errors: PoolUnavailable (Ceph has no figures)."""
-    told = ask(link, "df", detail="detail")
+    told = link.recent("df", lambda: ask(link, "df", detail="detail"))
     data = options.data_pool or options.pool
     stats = next((pool["stats"] for pool in told["pools"] if pool["name"] == data), None)
     if stats is None or not told["stats"]["total_bytes"]:
@@ -31,8 +31,8 @@ def space(link: Link, options: RbdOptions) -> Space:
 
 def details(link: Link, options: RbdOptions) -> dict[str, str]:
     """Health, copies, and which other pools take their space from the same OSDs."""
-    found = {"health": str(ask(link, "health")["status"]), "Ceph user": f"client.{options.user}"}
-    pools = ask(link, "osd dump")["pools"]
+    found = {"health": str(link.recent("health", lambda: ask(link, "health"))["status"]), "Ceph user": f"client.{options.user}"}
+    pools = link.recent("osd dump", lambda: ask(link, "osd dump"))["pools"]
     data = next((p for p in pools if p["pool_name"] == (options.data_pool or options.pool)), None)
     if data is not None:
         found["copies"] = f"{data['size']}, at least {data['min_size']} to write"
