@@ -5,15 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from atoll.model.errors import Conflict, DeadlineExceeded, DiskInUse, HostError
 from atoll.storage.rbd.mapping import tool
 from atoll.storage.rbd.mapping.way import Image
 
-#: Seconds for what was written to get into Ceph, for a first answer of Ceph's, and for the kernel to tell a new size.
-_FLUSH, _ANSWER, _GROW = 8.0, 6.0, 15.0
+#: Seconds for a first answer of Ceph's, for what was written to get there, for a read, and for the kernel to tell a new size.
+_ANSWER, _FLUSH, _READ, _GROW = 15.0, 8.0, 6.0, 15.0
 #: Seconds in which whoever only looks at a device has looked.
 _LOOK = 3.0
 #: The kernel's word for a module that it does not have comes at once, and loading takes a second on a slow machine.
@@ -73,14 +74,17 @@ def grown(image: Image, device: str, wanted: int) -> int:
     return size(device)
 
 
-def written_out(image: Image, device: str) -> str:
+def written_out(image: Image, device: str, question: Sequence[str]) -> str:
     """All that was written through it is in Ceph; why it is not and never will be, or nothing. Errors: DeadlineExceeded (no answer).
 
-    Ceph must answer, too, as ending a mapping hangs in the kernel where it does not.
+    Ceph must answer, too, as ending a mapping hangs where it does not. ``question``: a program that ends when Ceph has answered, whatever
+    it says. What is read does not tell: where an object map knows of nothing, nobody asks Ceph.
     """
     try:
+        with suppress(HostError):
+            tool.run(question, _ANSWER)
         tool.run(["sync", device], _FLUSH)
-        tool.run(["dd", f"if={device}", "of=/dev/null", "bs=4096", "count=1", "iflag=direct", "status=none"], _ANSWER)
+        tool.run(["dd", f"if={device}", "of=/dev/null", "bs=4096", "count=1", "iflag=direct", "status=none"], _READ)
     except DeadlineExceeded:
         raise DeadlineExceeded(
             f"what was written to {device} does not get into Ceph: {image.spec} stays mapped", hint="ceph -s; then try again"

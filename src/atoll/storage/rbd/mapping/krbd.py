@@ -59,7 +59,8 @@ class Way:
         if not (device := self.device(image)):
             return ""
         devices.refuse_users(image, device)
-        lost = devices.written_out(image, device)
+        look = _BUS / "devices" / device.removeprefix("/dev/rbd") / "refresh"
+        lost = devices.written_out(image, device, ["sh", "-c", 'echo 1 >"$1"', "sh", str(look)])
         try:
             # Its user's key may be gone, and Ceph's configuration: the kernel needs neither.
             tool.run(["rbd", "--conf", "/dev/null", "--no-mon-config", "unmap", device, "-o", "noudev"], _UNMAP)

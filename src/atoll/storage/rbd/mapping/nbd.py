@@ -17,7 +17,7 @@ from atoll.storage.rbd.mapping import devices, tool
 from atoll.storage.rbd.mapping.way import Image
 
 _PROGRAM = "rbd-nbd"
-_MAP, _UNMAP, _END, _KILL, _ASK = 20.0, 10.0, 8.0, 5.0, 10.0
+_MAP, _UNMAP, _END, _KILL, _ASK = 20.0, 10.0, 8.0, 5.0, 15.0
 
 _NOT_LET_IN = ("not permitted", "ermission denied", "couldn't connect", "failed to fetch mon config", "timed out")
 
@@ -61,7 +61,7 @@ class Way:
         lost = ""
         if device := self.device(image):
             devices.refuse_users(image, device, but=_server(device))
-            lost = devices.written_out(image, device)
+            lost = devices.written_out(image, device, [*_rbd(image), "info", image.spec])
             with suppress(HostError):
                 tool.run([_PROGRAM, "--conf", "/dev/null", "--no-mon-config", "unmap", device], _UNMAP)
         # When the kernel is done with it, it ends by itself.
@@ -120,10 +120,14 @@ def _in_words(image: Image, error: HostError) -> HostError:
     if error.details.get("words", "-"):
         return error
     try:
-        tool.run(["rbd", "--conf", image.conf, "--id", image.user, "--keyfile", image.key_file, "info", image.spec], _ASK)
+        tool.run([*_rbd(image), "info", image.spec], _ASK)
     except HostError as reason:
         return reason
     return error
+
+
+def _rbd(image: Image) -> list[str]:
+    return ["rbd", "--conf", image.conf, "--id", image.user, "--keyfile", image.key_file]
 
 
 def _refusal(image: Image, error: HostError) -> Exception:
