@@ -32,7 +32,7 @@ class Group:
 
 
 _RBD = ("storage_rbd", "storage_rbd_snapshots", "storage_rbd_mapping", "cluster_rbd", "cluster_rbd_devices")
-CEPH = tuple(f"tests/integration/test_{name}.py" for name in (*_RBD, "ceph_health"))
+CEPH = tuple(f"tests/integration/test_{name}.py" for name in (*_RBD, "ceph_health", "kernel_nodes"))
 _STORE = ("store_sqlite", "power_cut", "store_trouble", "store_full_master", "backup", "replica", "worker", "logs")
 STORE = tuple(f"tests/unit/test_{name}.py" for name in _STORE)
 API = tuple(f"tests/unit/test_{name}.py" for name in ("rest_fuzz", "rest_roles", "rest_abuse", "httpserver"))

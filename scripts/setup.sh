@@ -13,7 +13,8 @@ host=(mount util-linux qemu-system-x86 qemu-utils busybox-static xfsprogs iprout
 case ${1:-demo} in
     demo) extras="" packages+=("${host[@]}") ;;
     test) extras="[test]" packages+=("${host[@]}" bindfs spin
-        ceph-mon ceph-osd ceph-mgr ceph-common ceph-base python3-rbd python3-rados qemu-block-extra) ;;
+        ceph-mon ceph-osd ceph-mgr ceph-common ceph-base python3-rbd python3-rados qemu-block-extra
+        kmod udev rbd-nbd) ;;
     model) extras="" packages+=(spin gcc libc6-dev) ;;
     check) extras="[test,check]" ;;
     docs) extras="[docs]" ;;

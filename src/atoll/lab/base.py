@@ -42,6 +42,8 @@ class LabRecord:
     disks: int = 0
     #: Directories of the machine that nodes see besides those they always see.
     binds: list[str] | None = None
+    #: Which of its nodes have a kernel of their own.
+    kernel: list[str] | None = None
     #: A cluster was made in it, with this hypervisor.
     cluster: str = ""
 
@@ -79,6 +81,10 @@ class BaseNode(ABC):
 
     #: Plain processes instead of namespaces.
     rootless = False
+    #: Its programs do not run on this machine's kernel.
+    own_kernel = False
+    #: How many times as long as elsewhere its programs take; deadlines of those who wait for it grow with it.
+    slowness = 1
 
     def __init__(self, directory: Path, lab: str) -> None:
         self.directory = directory
@@ -190,6 +196,10 @@ class BaseNode(ABC):
 
     # --- services ---
 
+    def order(self, request: Mapping[str, Any], deadline: float = 20.0) -> list[dict[str, Any]]:
+        """Give an order to its first process; the state of all services comes back. Raises NodeUnavailable, HostError."""
+        return services.order(self.directory, request, deadline)
+
     def services(self) -> list[services.ServiceStatus]:
         """Raises NodeUnavailable when it has no power."""
         return services.statuses(self.directory, self.pid)
@@ -213,17 +223,17 @@ class BaseNode(ABC):
         """Define a service, started now (if the node has power) and at each boot; a known one gets the new command at its next start."""
         services.define(self.directory, name, argv, env)
         if self.running:
-            services.order(self.directory, {"order": "load"})
+            self.order({"order": "load"})
 
     def stop_service(self, name: str, grace: float = 10.0) -> None:
         """SIGTERM, and SIGKILL ``grace`` seconds later; returns when it has ended. It stays stopped until started or the next boot."""
         services.require(self.directory, name)
-        services.order(self.directory, {"order": "stop", "name": name, "grace": grace}, deadline=grace + 20)
+        self.order({"order": "stop", "name": name, "grace": grace}, deadline=grace + 20)
 
     def start_service(self, name: str) -> None:
         """Start a stopped service, or one that waits to be started again."""
         services.require(self.directory, name)
-        services.order(self.directory, {"order": "start", "name": name})
+        self.order({"order": "start", "name": name})
 
     # --- power and network ---
 

@@ -26,9 +26,11 @@ ATOLL = [sys.executable, "-m", "atoll.cli.main"]
 def make_cluster(lab: AnyLab, hypervisor: str = "qemu", *, deadline: float = 60.0, say: Say = quiet) -> None:
     """A cluster with the lab's name: node1 is the master, every node runs an agent. Returns when all nodes are alive.
 
-    ``deadline``: seconds for the nodes to come alive after the last has joined. Raises HostError with what a command said.
+    ``deadline``: seconds for the nodes to come alive after the last has joined; some times as long where there are kernel nodes.
+    Raises HostError with what a command said.
     """
     first, *others = lab.nodes
+    deadline *= max(node.slowness for node in lab.nodes)
     for node in (first, *others):
         node.write_config(dump(base_config(node, hypervisor)))
     first.exec(

@@ -60,15 +60,33 @@ def image(path: str, cloud_init: bool) -> None:
 @click.option("--disks", default=0, show_default=True, help="Spare disks per node, /dev/disk1 and so on.")
 @click.option("--shared-size", default="8G", show_default=True, help="Size of the shared storage; files are sparse.")
 @click.option("--hypervisor", type=click.Choice(["qemu", "fake"]), default="qemu", show_default=True)
+@click.option(
+    "--kernel",
+    default="",
+    is_flag=False,
+    flag_value="all",
+    metavar="[WHICH]",
+    help="Nodes with a kernel of their own (Debian's, in an emulated machine, about ten times slower): all, so many of the last ones, or "
+    "names such as node2,node3. For krbd, rbd-nbd and other clients in the kernel.",
+)
 @click.option("--rootless", is_flag=True, help="Plain processes instead of namespaces: no network to cut, no power cut that loses data.")
 @click.option(
     "--bind", "binds", multiple=True, metavar="DIR", help="A directory below /tmp or /var/tmp that nodes are to see; may be repeated."
 )
 @click.option("--no-cluster", is_flag=True, help="Only nodes, without Atoll on them.")
 def up(
-    nodes: int, name: str, disks: int, shared_size: str, hypervisor: str, rootless: bool, binds: tuple[str, ...], no_cluster: bool
+    nodes: int,
+    name: str,
+    disks: int,
+    shared_size: str,
+    hypervisor: str,
+    kernel: str,
+    rootless: bool,
+    binds: tuple[str, ...],
+    no_cluster: bool,
 ) -> None:
     """Make a lab and a cluster in it."""
+    from atoll.lab import layout
     from atoll.lab.lab import Lab
     from atoll.lab.process import ProcessLab
     from atoll.model.errors import NotSupported
@@ -76,6 +94,8 @@ def up(
 
     if rootless and disks:
         raise NotSupported("spare disks are loop devices, which need root", hint="leave --disks away, or make real nodes with sudo")
+    if rootless and kernel:
+        raise NotSupported("kernel nodes are emulated machines on a switch, which needs root", hint="leave --kernel away, or use sudo")
     began = time.monotonic()
 
     def say(text: str) -> None:
@@ -87,7 +107,13 @@ def up(
         made = ProcessLab.create(name, nodes, say=say)
     else:
         made = Lab.create(
-            name, nodes, disks=disks, shared_size=parse_size(shared_size), binds=[os.path.abspath(path) for path in binds], say=say
+            name,
+            nodes,
+            disks=disks,
+            shared_size=parse_size(shared_size),
+            binds=[os.path.abspath(path) for path in binds],
+            kernel=layout.kernel_nodes(kernel, layout.node_names(nodes)),
+            say=say,
         )
     if not no_cluster:
         from atoll.lab.bringup import make_cluster
@@ -136,7 +162,8 @@ def status(name: str, form: str) -> None:
         click.echo(json.dumps({"name": found.name, "shared": found.shared, "cluster": found.record.cluster, "nodes": rows}, indent=1))
         return
     kind = "rootless" if found.record.rootless else "real"
-    click.echo(f"lab {found.name}: {len(rows)} {kind} nodes, shared storage {found.shared}, logs {found.directory}/nodes/NODE/log")
+    own = f" ({', '.join(found.record.kernel)} with a kernel of their own)" if found.record.kernel else ""
+    click.echo(f"lab {found.name}: {len(rows)} {kind} nodes{own}, shared storage {found.shared}, logs {found.directory}/nodes/NODE/log")
     lines = []
     for row in rows:
         services = ", ".join(_service(known) for known in row["services"])
@@ -155,6 +182,7 @@ def _describe(node: Node | ProcessNode) -> dict[str, Any]:
     from atoll.model.errors import AtollError
 
     row: dict[str, Any] = {"name": node.name, "address": node.address, "powered": False, "pid": 0, "connected": False, "services": []}
+    row["kernel"] = node.own_kernel
     try:
         row |= {"pid": node.pid, "powered": True, "connected": node.connected}
         row["services"] = [dataclasses.asdict(known) for known in node.services()]

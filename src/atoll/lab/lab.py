@@ -15,6 +15,8 @@ from typing import Self
 
 from atoll.lab import layout, loops, network
 from atoll.lab.base import BaseLab, LabRecord, Say, quiet
+from atoll.lab.kernel import image
+from atoll.lab.kernel.node import KernelNode
 from atoll.lab.lock import lab_lock
 from atoll.lab.nodes import Node
 from atoll.lab.pid1.rootfs import SHARED
@@ -41,16 +43,21 @@ class Lab(BaseLab[Node]):
         spare_size: int = 4 * GiB,
         shared_size: int = 8 * GiB,
         binds: Sequence[str] = (),
+        kernel: Sequence[str] = (),
         say: Say = quiet,
     ) -> Self:
         """Make a lab and boot its nodes. Sizes in bytes, of sparse files: each node's own disk, each of its ``disks`` spare disks
         (/dev/disk1 ...), and the shared storage. ``binds``: directories of the machine that nodes must see although they are below /tmp.
+        ``kernel``: the nodes that get a kernel of their own (see kernel/node.py).
 
         Raises Forbidden without root; AlreadyExists; InvalidInput; HostError. After an error nothing of it is left.
         """
         directory = layout.lab_dir(name)
         names = layout.node_names(nodes)
         require_root(f"atoll lab up --name {name}")
+        if kernel:
+            # Before anything is made: what it takes may be missing.
+            image.build()
         for size in (disk_size, shared_size):
             if size < SMALLEST_XFS:
                 raise InvalidSize(f"{size} bytes are too few for XFS, which asks for 300 MiB", hint="leave the size away: files are sparse")
@@ -60,7 +67,9 @@ class Lab(BaseLab[Node]):
                 raise AlreadyExists(f"there is a lab {name}, or what is left of one", hint=f"atoll lab down {name}")
             try:
                 directory.mkdir(mode=0o755)
-                record = LabRecord(name, names, False, network.subnet(name, _taken_nets()), disks, list(binds))
+                record = LabRecord(
+                    name, names, False, network.subnet(name, _taken_nets()), disks, list(binds), sorted(kernel, key=layout.node_number)
+                )
                 record.write(directory)
                 network.make_switch(name, keep=[lock])
                 loops.make_xfs(directory / "shared.img", shared_size, keep=[lock])
@@ -72,8 +81,10 @@ class Lab(BaseLab[Node]):
                     loops.make_xfs(place / "disk.img", disk_size, keep=[lock])
                     for number in range(1, disks + 1):
                         loops.make_image(place / f"spare{number}.img", spare_size)
-                    Node(place, name).boot_locked(record, lock)
-                    say(f"{node} is up at {network.address(record.net, node)}")
+                    kind = KernelNode if node in kernel else Node
+                    kind(place, name).boot_locked(record, lock)
+                    own = ", with a kernel of its own" if node in kernel else ""
+                    say(f"{node} is up at {network.address(record.net, node)}{own}")
 
                 with ThreadPoolExecutor(max_workers=4) as pool:
                     list(pool.map(make, names))
@@ -95,7 +106,8 @@ class Lab(BaseLab[Node]):
         return f"/{SHARED}"
 
     def _node(self, name: str) -> Node:
-        return Node(self.directory / "nodes" / name, self.name)
+        kind = KernelNode if name in (self.record.kernel or ()) else Node
+        return kind(self.directory / "nodes" / name, self.name)
 
     def unmount_shared(self, node: str, *, lazy: bool = False) -> None:
         """See Node.unmount_shared."""

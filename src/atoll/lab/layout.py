@@ -63,6 +63,20 @@ def node_names(count: int) -> list[str]:
     return [f"node{number}" for number in range(1, count + 1)]
 
 
+def kernel_nodes(which: str, names: list[str]) -> list[str]:
+    """Which nodes ``--kernel`` means: ``all``, so many of the last ones, or names with commas between them. Raises InvalidInput."""
+    if which in ("", "all"):
+        return list(names) if which else []
+    if which.isdigit():
+        if int(which) > len(names):
+            raise InvalidInput(f"{which} of {len(names)} nodes cannot be kernel nodes", hint=f"atoll lab up --nodes {which} --kernel")
+        return names[len(names) - int(which) :]
+    chosen = which.split(",")
+    if strange := sorted(set(chosen) - set(names)):
+        raise InvalidInput(f"--kernel {which}: the lab has no {', '.join(strange)}; it has {', '.join(names)}", hint="--kernel 1")
+    return sorted(set(chosen), key=names.index)
+
+
 def node_number(node: str) -> int:
     """The number in a node's name, from 1."""
     if not _NODE.match(node):

@@ -73,6 +73,12 @@ def plug(lab: str, node: str, net: str, keep: Sequence[int] = ()) -> None:
     _batch([f"addr add {address(net, node)}/24 dev eth0", "link set lo up", "link set eth0 up"], keep, name)
 
 
+def plug_tap(lab: str, node: str, keep: Sequence[int] = ()) -> None:
+    """The cable of a kernel node: an emulated machine is at its other end."""
+    lines = [f"tuntap add dev {node} mode tap", f"link set {node} master {BRIDGE}", f"link set {node} up"]
+    _batch(lines, keep, netns_name(lab, "switch"))
+
+
 def unplug(lab: str, node: str) -> None:
     """Take a node's cable and namespace away; fine when they are gone. The node's processes must have ended."""
     switch = netns_name(lab, "switch")

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from atoll.lab import loops, network, services
+from atoll.lab import loops, network
 from atoll.lab.base import SOURCE, BaseNode, LabRecord, environment
 from atoll.lab.host import kill_and_wait, namespace, status_field
 from atoll.lab.launch import launch
@@ -68,11 +68,15 @@ class Node(BaseNode):
         with lab_lock(self.directory.parents[1]):
             pid = self.pid
             network.set_link(self.lab, self.name, up=False)
-            _shut_down_xfs(Path(f"/proc/{pid}/root/var/lib/atoll"))
+            self._lose_unwritten(pid)
             kill_and_wait(pid)
             network.unplug(self.lab, self.name)
             loops.unmap(self.lab, self.directory, self.name)
             loops.detach(self.directory)
+
+    def _lose_unwritten(self, pid: int) -> None:
+        """What was not fsynced."""
+        _shut_down_xfs(Path(f"/proc/{pid}/root/var/lib/atoll"))
 
     def boot(self) -> None:
         """Power on: the same disk, a fresh everything else, the cable plugged in, services started. Raises WrongState when it has power."""
@@ -82,12 +86,8 @@ class Node(BaseNode):
 
     def boot_locked(self, record: LabRecord, lock: int) -> None:
         """``boot`` for those who hold the lab's lock."""
-        if self.running:
-            raise WrongState(f"{self.name} of the lab {self.lab} has power", hint=f"atoll lab kill {self.name}")
+        self._ready_to_boot()
         lab = self.directory.parents[1]
-        for part in ("run", "log", "root"):
-            (self.directory / part).mkdir(parents=True, exist_ok=True)
-        self.clear_run_dir()
         network.unplug(self.lab, self.name)
         network.plug(self.lab, self.name, record.net, keep=[lock])
         spec = NodeSpec(
@@ -99,13 +99,20 @@ class Node(BaseNode):
             disk=loops.attach(self.directory / "disk.img", keep=[lock]),
             shared=loops.attach(lab / "shared.img", keep=[lock]),
             spares=[loops.attach(self.directory / f"spare{number}.img", keep=[lock]) for number in range(1, record.disks + 1)],
-            hosts=_hosts(record),
+            hosts=hosts(record),
             machine_id=loops.machine_id(self.lab, self.name),
-            binds=_binds(record.binds or []),
+            binds=binds(record.binds or []),
             mask=str(lab),
             environment=environment(self.lab, self.name, CONFIG),
         )
         launch(self.directory, spec, lock)
+
+    def _ready_to_boot(self) -> None:
+        if self.running:
+            raise WrongState(f"{self.name} of the lab {self.lab} has power", hint=f"atoll lab kill {self.name}")
+        for part in ("run", "log", "root"):
+            (self.directory / part).mkdir(parents=True, exist_ok=True)
+        self.clear_run_dir()
 
     # --- network ---
 
@@ -126,19 +133,20 @@ class Node(BaseNode):
 
     def unmount_shared(self, *, lazy: bool = False) -> None:
         """Unmount /srv/shared in this node. Raises HostError when it is busy, unless ``lazy``: then it goes out of sight at once."""
-        services.order(self.directory, {"order": "unmount-shared", "lazy": lazy})
+        self.order({"order": "unmount-shared", "lazy": lazy})
 
     def mount_shared(self) -> None:
         """Mount it again; a boot does too."""
-        services.order(self.directory, {"order": "mount-shared"})
+        self.order({"order": "mount-shared"})
 
 
-def _hosts(record: LabRecord) -> str:
+def hosts(record: LabRecord) -> str:
+    """What /etc/hosts of every node says."""
     lines = ["127.0.0.1 localhost", "::1 localhost ip6-localhost ip6-loopback"]
     return "\n".join(lines + [f"{network.address(record.net, name)} {name}" for name in record.nodes]) + "\n"
 
 
-def _binds(extra: Sequence[str]) -> list[str]:
+def binds(extra: Sequence[str]) -> list[str]:
     """The interpreter and the code, where they lie in a place that nodes have to themselves; a test run from /tmp, say."""
     wanted = {sys.prefix, sys.base_prefix, str(SOURCE), os.path.dirname(os.path.realpath(sys.executable)), *extra}
     hidden = sorted(path for path in wanted if path.startswith(tuple(f"{place}/" for place in _PRIVATE)))

@@ -53,8 +53,13 @@ def order(directory: Path, request: Mapping[str, Any], deadline: float = 20.0) -
         raise NodeUnavailable(f"{directory.name} did not answer within {deadline:.0f} s", hint="atoll lab status") from None
     finally:
         connection.close()
+    return answered(directory.name, request, reply)
+
+
+def answered(node: str, request: Mapping[str, Any], reply: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a reply says of the services. Raises HostError when the node refused."""
     if "error" in reply:
-        raise HostError(f"{directory.name} refused {request['order']}: {reply['error']}", hint="its init.log may say more")
+        raise HostError(f"{node} refused {request['order']}: {reply['error']}", hint="its init.log may say more")
     services: list[dict[str, Any]] = reply["services"]
     return services
 

@@ -9,6 +9,22 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
+class KernelSpec:
+    """What the emulated machine of a kernel node is made of; paths are the carrying machine's."""
+
+    kernel: str
+    initrd: str
+    modules: str
+    python: str
+    virtiofsd: str
+    mac: str
+    #: Its memory in MiB.
+    memory: int
+    #: Files of its disks: the node's own, then the spares.
+    disks: list[str]
+
+
+@dataclass(frozen=True)
 class NodeSpec:
     """One node. Devices are paths on the machine that carries the lab; all other strings are as the node sees them."""
 
@@ -35,6 +51,9 @@ class NodeSpec:
     environment: dict[str, str] = field(default_factory=dict)
     agent_port: int = 7771
     master_port: int = 7770
+    #: The node is an emulated machine with a kernel of its own. ``netns`` is the switch's then, and ``disk`` and ``spares`` are
+    #: as the node sees them.
+    kernel: KernelSpec | None = None
 
     def write(self, directory: Path) -> None:
         """Into ``node.json`` of the node's directory, whole or not at all."""
@@ -45,4 +64,6 @@ class NodeSpec:
     @classmethod
     def read(cls, directory: Path) -> NodeSpec:
         """From ``node.json``; FileNotFoundError when the node has none."""
-        return cls(**json.loads((directory / "node.json").read_text()))
+        known = json.loads((directory / "node.json").read_text())
+        kernel = known.pop("kernel", None)
+        return cls(**known, kernel=KernelSpec(**kernel) if kernel else None)

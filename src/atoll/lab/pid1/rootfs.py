@@ -38,6 +38,8 @@ PRIVATE = frozenset({"proc", "sys", "dev", "run", "tmp", "etc", "var", "srv", "l
 PERSISTENT = {"state": "var/lib/atoll", "etc": "etc/atoll", "ceph": "var/lib/ceph", "etc-ceph": "etc/ceph"}
 
 SHARED = "srv/shared"
+#: Where a kernel node finds the lab's files: ``node`` (its directory) and ``shared``.
+LAB = "/.lab"
 
 #: Devices that a node gets if the machine has them. Not kvm: a node must find out by itself that it has none.
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty", "fuse", "net/tun", "loop-control", "hwrng")
@@ -70,12 +72,43 @@ def build(spec: NodeSpec, directory: Path) -> None:
     os.chdir("/")
 
 
+def build_inside(spec: NodeSpec) -> None:
+    """The same for a kernel node, of whose root everything is a layer over the machine's, and whose kernel has devices of its own."""
+    socket.sethostname(spec.node)
+    os.chdir("/")
+    # Opened before their places are covered.
+    binds = {path: os.open(path, os.O_PATH | os.O_CLOEXEC) for path in spec.binds}
+    if os.path.isdir(spec.mask):
+        mount("none", spec.mask, "tmpfs", MS_RDONLY, "mode=700,size=4k")
+    _settings(spec)
+    _disk(spec)
+    _memory()
+    os.mkdir("run/atoll")
+    _bind(f"{LAB}/node/log", "var/log/atoll")
+    for name in ("net", "pts", "shm"):
+        os.makedirs(f"dev/{name}", exist_ok=True)
+    # The kernel loads their drivers when they are opened, but does not make them.
+    for name, minor in (("net/tun", 200), ("loop-control", 237)):
+        if not os.path.exists(f"dev/{name}"):
+            _node(f"dev/{name}", stat.S_IFCHR | 0o666 if name == "net/tun" else stat.S_IFCHR | 0o660, os.makedev(10, minor))
+    for number, device in enumerate(spec.spares, 1):
+        _node(f"dev/disk{number}", stat.S_IFBLK | 0o660, os.stat(device).st_rdev)
+    _dev_mounts()
+    for path, handle in binds.items():
+        _bind(f"/proc/self/fd/{handle}", path.lstrip("/"), MS_REC)
+        os.close(handle)
+    mount_shared(spec)
+
+
 def mount_shared(spec: NodeSpec, target: str = f"/{SHARED}") -> None:
     """Mount the shared storage. Every node mounts the same device: the kernel gives all of them the same file system."""
     if not spec.shared:
         return
     os.makedirs(target, exist_ok=True)
-    mount_disk(spec.shared, target, "xfs")
+    if spec.kernel:
+        mount(f"{LAB}/shared", target, flags=MS_BIND)
+    else:
+        mount_disk(spec.shared, target, "xfs")
 
 
 def _system_directories() -> None:
@@ -135,17 +168,21 @@ def _disk(spec: NodeSpec) -> None:
 
 
 def _private(spec: NodeSpec, directory: Path) -> None:
-    for name, options in (("run", "mode=755,size=64m"), ("tmp", "mode=1777"), ("var/tmp", "mode=1777"), ("srv", "mode=755,size=1m")):
-        os.makedirs(name, exist_ok=True)
-        mount("atoll-" + name.rpartition("/")[2], name, "tmpfs", MS_NOSUID, options)
-    os.mkdir("run/lock")
-    os.chmod("run/lock", 0o1777)
+    _memory()
     _bind(str(directory / "run"), "run/atoll")
     _bind(str(directory / "log"), "var/log/atoll")
     for name in ("proc", "sys"):
         os.mkdir(name)
     mount("proc", "proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     mount("sysfs", "sys", "sysfs", MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_RDONLY)
+
+
+def _memory() -> None:
+    for name, options in (("run", "mode=755,size=64m"), ("tmp", "mode=1777"), ("var/tmp", "mode=1777"), ("srv", "mode=755,size=1m")):
+        os.makedirs(name, exist_ok=True)
+        mount("atoll-" + name.rpartition("/")[2], name, "tmpfs", MS_NOSUID, options)
+    os.mkdir("run/lock")
+    os.chmod("run/lock", 0o1777)
 
 
 def _devices(spec: NodeSpec) -> None:
@@ -164,6 +201,10 @@ def _devices(spec: NodeSpec) -> None:
             _node(device.lstrip("/"), stat.S_IFBLK | 0o660, os.stat(device).st_rdev)
     for number, device in enumerate(spec.spares, 1):
         _node(f"dev/disk{number}", stat.S_IFBLK | 0o660, os.stat(device).st_rdev)
+    _dev_mounts()
+
+
+def _dev_mounts() -> None:
     mount("devpts", "dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=620,gid=5")
     mount("atoll-shm", "dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")
     for name, target in (
@@ -173,7 +214,8 @@ def _devices(spec: NodeSpec) -> None:
         ("stdout", "/proc/self/fd/1"),
         ("stderr", "/proc/self/fd/2"),
     ):
-        os.symlink(target, f"dev/{name}")
+        if not os.path.lexists(f"dev/{name}"):
+            os.symlink(target, f"dev/{name}")
 
 
 def _node(path: str, mode: int, device: int) -> None:
