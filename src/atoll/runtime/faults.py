@@ -1,8 +1,11 @@
 """Fault points: places where tests let a process die or wait. They cost nothing unless a test has armed them.
 
-Real processes: ``ATOLL_FAULT_FILE`` names a file that holds a point's name; the process that reaches the point removes the file and
-kills itself with SIGKILL. After ``hold `` and a name it renames the file to ``FILE.held`` instead, and waits at the point until that is
-removed. Simulations set ``handler``, which may raise or wait.
+Real processes: ``ATOLL_FAULT_FILE`` names a file that holds a point's name, or several in lines; the process that reaches one takes it
+out (the file goes with the last) and kills itself with SIGKILL. After ``hold `` and a name it renames the file to ``FILE.held`` instead,
+and waits at the point until that is removed. ``trace`` kills nobody: the points that are reached are appended to ``FILE.trace``, with the
+time.
+
+Simulations set ``handler``, which may raise or wait.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Awaitable, Callable
 
 handler: Callable[[str], Awaitable[None]] | None = None
@@ -32,9 +36,18 @@ async def _strike(path: str, name: str) -> None:
             wanted = file.read().strip()
     except FileNotFoundError:
         return
-    if wanted == name:
-        os.unlink(path)
+    if name in (points := wanted.splitlines()):
+        points.remove(name)
+        if points:
+            with open(f"{path}.left", "w") as file:
+                file.write("\n".join(points))
+            os.rename(f"{path}.left", path)
+        else:
+            os.unlink(path)
         os.kill(os.getpid(), signal.SIGKILL)
+    elif wanted == "trace":
+        with open(f"{path}.trace", "a") as trace:
+            trace.write(f"{time.time()} {name}\n")
     elif wanted == f"hold {name}":
         held = f"{path}.held"
         os.rename(path, held)
