@@ -78,10 +78,13 @@ class Story:
     partial: bool = False
     #: Whether it changes records only, and orders no node to do anything.
     records: bool = False
+    #: What besides may have changed then: the beginnings of names in ``dump``.
+    stays: tuple[str, ...] = ()
+    nodes: int = 3
 
     async def make(self, *, locking: bool = True) -> Box:
         """A cluster where the operation can begin."""
-        box = await Box.make(locking=locking)
+        box = await Box.make(self.nodes, locking=locking)
         await box.add_pool()
         if self.begin is not None:
             await self.begin(box)
@@ -317,8 +320,14 @@ def _check_ceph(box: Box) -> None:
                 wanted[name] = set()
             assert box.ceph.node(name).fsid == layout["fsid"]
         assert sorted(box.ceph.numbers) == sorted(osd["uuid"] for osd in layout["osds"]), "the monitors know other OSDs"
+        assert not box.ceph.out, "OSDs on which nothing is kept"
+        assert box.ceph.monmap == set(layout["mons"]), "other monitors count for the majority"
+        assert {user for user in box.ceph.users if user.startswith("mgr.")} == {f"mgr.{name}" for name in layout["mgrs"]}
     for name in box.nodes:
         here = box.ceph.node(name)
+        if name not in box.agents:
+            # It has no power.
+            continue
         assert here.running == wanted[name], f"{name} runs {here.running}, not {wanted[name]}"
         if not made:
             assert here == BoxNode(), f"{name} still has {here}"
@@ -556,9 +565,32 @@ async def with_ceph_stopped(box: Box) -> None:
     await box.do("node.modify", "node2", offline=True)
 
 
+async def with_ceph_and_dead(box: Box) -> None:
+    """Four nodes, three monitors, and node3 has lost its power for good."""
+    await with_ceph(box)
+    await box.power_cut("node3")
+    await asyncio.sleep(20)
+
+
+async def with_ceph_and_spare(box: Box) -> None:
+    """The same, but node4 has no part in it yet."""
+    await with_disks(box)
+    await box.do("group.add", name="away")
+    await box.do("group.assign-nodes", "away", nodes=["node4"])
+    await box.do("storage.init", "default", type="ceph")
+    await box.do("node.modify", "node4", offline=True)
+    await box.do("group.assign-nodes", "default", nodes=["node4"])
+    record = box.master.state.store.find(Node, "node4")
+    await box.master.state.store.write(put=[record.model_copy(update={"offline": False, "ready": True})])
+    await box.power_cut("node3")
+    await asyncio.sleep(20)
+
+
 IMAGE = {"node": "node2", "path": "/srv/debian.qcow2"}
 IMAGED = [{"image": IMAGE}]
 MIGRATES = ("done", "undone")
+#: A node that has joined stays so, whatever becomes of the one in whose place it came.
+JOINED = ("storage:", "node:", "ceph:")
 EXPORT = {"node": "node2", "path": "/srv/web1.atoll"}
 STORIES = [
     Story("add", "instance.add", "", {"name": "new", "disks": [{"size": GIB}, {"size": GIB}], "memory": GIB, "node": "node1"}),
@@ -612,5 +644,11 @@ STORIES = [
     Story("node-join-storage", "node.join-storage", "node3", {}, with_ceph_of_two),
     Story("node-offline-storage", "node.modify", "node2", {"offline": True}, with_ceph),
     Story("node-online-storage", "node.modify", "node2", {"offline": False}, with_ceph_stopped),
+    Story("node-leave-storage", "node.leave-storage", "node2", {}, with_ceph, nodes=4),
+    Story("node-leave-storage-dead", "node.leave-storage", "node3", {"dead": True}, with_ceph_and_dead, nodes=4),
+    Story("node-remove-storage-dead", "node.remove", "node3", {"dead": True}, with_ceph_and_dead, nodes=4),
+    Story("node-replace-storage", "node.replace-storage", "node3", {"node": "node4"}, with_ceph_and_spare, nodes=4, stays=JOINED),
+    Story("node-add-storage-disks", "node.add-storage-disks", "node2", {"disks": ["/dev/sdd"]}, with_ceph),
+    Story("node-remove-storage-disks", "node.remove-storage-disks", "node2", {"disks": ["/dev/sdc"]}, with_ceph),
     Story("restart-missing", "instance.restart-missing", "web1", {}, missing, internal=True),
 ]

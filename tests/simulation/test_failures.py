@@ -91,6 +91,7 @@ def _same(story: Story, before: dict[str, Any], after: dict[str, Any]) -> None:
     different = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     if story.frees or story.partial:
         different = {key for key in different if not key.startswith(("claim:", "instance:", "volume:"))}
+    different = {key for key in different if not key.startswith(story.stays)} if story.stays else different
     words = []
     for key in sorted(different):
         old, new = before.get(key) or {}, after.get(key) or {}

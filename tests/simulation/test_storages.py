@@ -7,14 +7,15 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from simsupport import check, dump, jobs, settle, with_ceph, with_disks
+from simsupport import check, dump, jobs, settle, with_ceph, with_ceph_and_spare, with_disks
 
-from atoll.lab.box import Box, simulate
+from atoll.lab.box import ROOT, Box, simulate
 from atoll.model.errors import (
     AlreadyExists,
     AtollError,
     InUse,
     InvalidInput,
+    NodeAnswers,
     NodeUnavailable,
     NotFound,
     PreflightFailed,
@@ -258,3 +259,178 @@ def test_who_asks_hears_from_a_node_that_answers() -> None:
         await box.boot_agent("node1")
 
     story(with_ceph, work)
+
+
+# --- nodes and disks that leave ---
+
+
+def with_nodes(count: int, work: Callable[[Box], Awaitable[None]]) -> None:
+    story(with_ceph, work, count)
+
+
+def layout_of(box: Box) -> dict[str, Any]:
+    return next(item.layout for item in box.master.state.store.all(StorageCluster))
+
+
+def test_a_node_that_leaves_hands_over_its_monitor_and_manager() -> None:
+    async def work(box: Box) -> None:
+        made = await box.do("node.leave-storage", "node2")
+        assert made["roles"] == []
+        assert layout_of(box)["mons"] == ["node1", "node3", "node4"]
+        assert layout_of(box)["mgrs"] == ["node1", "node3"]
+        here = box.ceph.node("node2")
+        assert (here.running, here.osds, here.mon, here.mgr, here.fsid) == (set(), {}, "", "", "")
+        assert here.clients, "it stays a client"
+        before = dump(box)
+        assert (await box.do("node.leave-storage", "node2"))["unchanged"]
+        assert dump(box) == before
+        await box.do("node.join-storage", "node2")
+        assert node(box, "node2").storage_roles == ("osd",)
+
+    with_nodes(4, work)
+
+
+def test_a_node_that_has_left_comes_back_by_itself_after_each_time() -> None:
+    async def work(box: Box) -> None:
+        for _ in range(2):
+            await box.do("node.leave-storage", "node4")
+            await box.do("node.modify", "node4", offline=True)
+            await box.do("node.modify", "node4", offline=False)
+            await settle(box)
+            assert node(box, "node4").storage == "joined"
+
+    with_nodes(4, work)
+
+
+def test_a_node_that_is_needed_for_all_copies_does_not_leave() -> None:
+    async def work(box: Box) -> None:
+        error = await refused(box, InUse, "3 copies need 3 nodes with OSDs, and 2 would be left", "node.leave-storage", "node3")
+        assert "atoll node add" in error.hint
+        await refused(box, InUse, "these are all disks", "node.remove-storage-disks", "node3", disks=["/dev/sdb", "/dev/sdc"])
+        await refused(box, NotFound, "node3 has no OSD on /dev/sdx", "node.remove-storage-disks", "node3", disks=["/dev/sdx"])
+
+    story(with_ceph, work)
+
+
+def test_nothing_leaves_that_may_have_the_last_copy() -> None:
+    async def work(box: Box) -> None:
+        await refused(box, NodeAnswers, "node3 answers; it is not dead", "node.leave-storage", "node3", dead=True)
+        await box.power_cut("node3")
+        await asyncio.sleep(20)
+        await refused(box, NodeUnavailable, "node node3 does not answer", "node.leave-storage", "node3")
+        error = await refused(box, InUse, "has a part in a storage cluster", "node.remove", "node3")
+        assert "--drain" in error.hint
+        assert "--dead" in error.hint
+        box.ceph.needed = ["2 placement groups are down: what is away may have the last copy of their data"]
+        for operation in ("node.leave-storage", "node.remove"):
+            await refused(box, StorageWouldStop, "may have the last copy", operation, "node3", dead=True)
+        box.ceph.needed = []
+        await box.do("node.leave-storage", "node3", dead=True)
+        # There were three nodes for three copies: the data stays with two, and nothing is moved.
+        assert layout_of(box)["mons"] == ["node1", "node2"]
+
+    story(with_ceph, work)
+
+
+def test_one_node_at_a_time_and_all_others_take_part() -> None:
+    async def work(box: Box) -> None:
+        await box.do("node.modify", "node3", offline=True)
+        await refused(box, NodeUnavailable, "node3 of the storage cluster ceph must take part", "node.leave-storage", "node2")
+        await refused(box, WrongState, "the part of node node3 in ceph is stopped", "node.leave-storage", "node3")
+        await box.do("node.modify", "node3", offline=False)
+        asked = [await box.submit("node.leave-storage", name) for name in ("node2", "node3")]
+        ended = [await box.end_of(submission.job) for submission in asked if submission.job]
+        assert sorted(job.state for job in ended) == ["done", "undone"]
+
+    with_nodes(4, work)
+
+
+def test_what_is_cancelled_while_data_moves_keeps_its_disks() -> None:
+    async def work(box: Box) -> None:
+        before = dump(box)
+        number = (await box.submit("node.leave-storage", "node2")).job
+        assert number is not None
+        for _ in range(1000):
+            if box.ceph.out:
+                break
+            await asyncio.sleep(0.05)
+        assert box.ceph.out, "its data moves"
+        await box.master.cancel_job(number)
+        assert (await box.end_of(number)).state == "undone"
+        assert dump(box) == before
+        assert not box.ceph.out
+
+    with_nodes(4, work)
+
+
+def test_disks_come_later_and_a_second_time_change_nothing() -> None:
+    async def work(box: Box) -> None:
+        made = await box.do("node.add-storage-disks", "node2", disks=["/dev/sdd", "/dev/sde"])
+        assert made["health"] == "HEALTH_OK"
+        assert set(box.ceph.node("node2").osds) == {"/dev/sdb", "/dev/sdc", "/dev/sdd", "/dev/sde"}
+        before = dump(box)
+        assert (await box.do("node.add-storage-disks", "node2", disks=["/dev/sdd"]))["unchanged"]
+        assert dump(box) == before
+        await refused(box, InvalidInput, "is not a device", "node.add-storage-disks", "node2", disks=["sdf"])
+        await box.do("node.remove-storage-disks", "node2", disks=["/dev/sdd", "/dev/sde"])
+        assert set(box.ceph.node("node2").osds) == {"/dev/sdb", "/dev/sdc"}
+
+    story(with_ceph, work)
+
+
+def test_a_failed_disk_is_left_as_it_is() -> None:
+    async def work(box: Box) -> None:
+        gone = next(osd for osd in layout_of(box)["osds"] if (osd["node"], osd["disk"]) == ("node2", "/dev/sdc"))
+        asked = ("node.remove-storage-disks", "node2")
+        await refused(box, StorageWouldStop, f"osd.{gone['number']} still answers Ceph", *asked, disks=["/dev/sdc"], dead=True)
+        box.ceph.node("node2").running.discard(f"osd.{gone['number']}")
+        await box.do(*asked, disks=["/dev/sdc"], dead=True)
+        assert len(layout_of(box)["osds"]) == 5
+
+    story(with_ceph, work)
+
+
+def test_another_node_takes_the_place_of_a_dead_one_and_what_failed_goes_on() -> None:
+    async def work(box: Box) -> None:
+        await refused(box, WrongState, "cannot take the place of node3", "node.replace-storage", "node3", node="node3")
+        box.ceph.needed = ["1 placement groups are incomplete: what is away may have the last copy of their data"]
+        with pytest.raises(WrongState, match=r"node3 is given up: its job .* is undone: .*incomplete"):
+            await box.do("node.replace-storage", "node3", node="node4")
+        assert node(box, "node4").storage == "joined"
+        assert node(box, "node3").storage == "joined"
+        box.ceph.needed = []
+        await box.do("node.replace-storage", "node3", node="node4")
+        assert layout_of(box)["mons"] == ["node1", "node2", "node4"]
+        before = dump(box)
+        assert (await box.do("node.replace-storage", "node3", node="node4"))["unchanged"]
+        assert dump(box) == before
+        await box.do("node.remove", "node3")
+
+    story(with_ceph_and_spare, work, 4)
+
+
+def test_a_dry_run_tells_what_comes_and_goes_and_what_it_survives() -> None:
+    async def work(box: Box) -> None:
+        async def plan(operation: str, target: str, **request: Any) -> dict[str, list[str]]:
+            before = dump(box)
+            found = (await box.master.submit(operation, target, request, who=ROOT, dry_run=True)).plan
+            assert dump(box) == before
+            assert found is not None
+            return found
+
+        told = await plan("node.leave-storage", "node2")
+        assert {"monitor of node2 goes", "monitor of node4 comes", "manager of node2 goes", "manager of node3 comes"} <= set(told["lines"])
+        assert any(line.startswith("node2: OSD on /dev/sdb goes: its data moves") for line in told["lines"])
+        assert "one node may fail, whichever: guests go on reading and writing" in told["survives"]
+        told = await plan("node.add-storage-disks", "node1", disks=["/dev/sdd"])
+        assert told["lines"][0] == "node1: OSD on /dev/sdd comes: its disk is erased"
+        await box.do("node.leave-storage", "node2")
+        await box.power_cut("node3")
+        await asyncio.sleep(20)
+        told = await plan("node.remove", "node3", dead=True)
+        assert "there is room for 2 of 3 copies: the others are missing until there is more" in told["warnings"]
+        assert not any("may fail" in line for line in told["survives"])
+        told = await plan("node.replace-storage", "node3", node="node2")
+        assert "monitor of node2 comes" in told["lines"]
+
+    with_nodes(4, work)

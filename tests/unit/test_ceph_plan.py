@@ -17,7 +17,7 @@ from atoll.deploy.ceph import conf, options, words
 from atoll.deploy.ceph.layout import Layout
 from atoll.deploy.ceph.plan import CONTROLLER, NODE_USER, PLANNER, min_size, pg_num
 from atoll.deploy.contract import Facts, Member
-from atoll.model.errors import InvalidInput
+from atoll.model.errors import InUse, InvalidInput
 
 
 def members(count: int, disks: str = "/dev/sdb", clients: int = 0, **more: str) -> list[Member]:
@@ -220,3 +220,102 @@ def test_addresses_of_version_six() -> None:
     made = layout(found)
     assert made.mon_host.startswith("[v2:[fd00::1]:3300,v1:[fd00::1]:6789]")
     assert "ms_bind_ipv6 = true\nms_bind_ipv4 = false" in conf.node(made, "node1")
+
+
+# --- nodes and disks that leave ---
+
+
+def numbered(found: list[Member]) -> dict[str, Any]:
+    made = layout(found)
+    osds = [osd.model_copy(update={"number": number}) for number, osd in enumerate(made.osds)]
+    return made.model_copy(update={"osds": osds}).model_dump()
+
+
+def leaving(count: int, name: str, *, dead: bool = False, disks: str = "/dev/sdb:/dev/sdc", gone: list[str] | None = None) -> Any:
+    """The steps before and after the commit, and all keys of secrets."""
+    found = members(count, disks, clients=1)
+    old = numbered(found)
+    new = PLANNER.shrunk(old, name, gone or [], dead=dead)
+    secrets = {**PLANNER.kept(PLANNER.secrets(old)), **PLANNER.more_secrets(old, new)}
+    them = [m for m in found if not dead or m.name != name]
+    before, after = PLANNER.shrink(them, (old, new), name, secrets, dead=dead)
+    return [step for phase in before for step in phase], [step for phase in after for step in phase], secrets
+
+
+def names_of(steps: list[Any]) -> list[str]:
+    return [step.step for step in steps]
+
+
+@given(nodes=st.integers(2, 7), which=st.integers(1, 7), dead=st.booleans(), disks=st.sampled_from(["/dev/sdb", "/dev/sdb:/dev/sdc"]))
+def test_what_holds_for_every_node_that_leaves(nodes: int, which: int, dead: bool, disks: str) -> None:
+    name = f"node{min(which, nodes)}"
+    found = members(nodes, disks)
+    old = numbered(found)
+    room = nodes - 1 >= old["size"]
+    alone = dead and old["mons"] == [name]
+    if alone or (not room and not dead):
+        with pytest.raises(InUse, match="only monitor" if alone else "copies need") as refused:
+            PLANNER.shrunk(old, name, [], dead=dead)
+        assert refused.value.hint
+        return
+    new = Layout.model_validate(PLANNER.shrunk(old, name, [], dead=dead))
+    assert name not in {*new.hosts, *new.mons, *new.mgrs, *(osd.node for osd in new.osds)}
+    assert new.size == old["size"]
+    able = nodes - 1 - len([mon for mon in old["mons"] if mon != name])
+    assert len(new.mons) == len(old["mons"]) - (name in old["mons"] and not able)
+    before, after, secrets = leaving(nodes, name, dead=dead, disks=disks)
+    keys = [step.key for step in before + after]
+    assert len(set(keys)) == len(keys), "the journal tells steps by their keys"
+    # Nothing goes for good before the commit, and everything before it can be undone.
+    assert not {"unosd", "unmon", "unmgr", "dismiss", "dropmon", "unconfig"} & set(names_of(before))
+    assert {step.step for step in before if not step.undo} <= {"emptied", "unneeded", "quorum"}
+    assert ("emptied" in names_of(before)) == room
+    assert ("unneeded" in names_of(before)) == (not room)
+    open_text = json.dumps([(step.key, step.undo_args, step.text) for step in before + after])
+    assert not [key for key in secrets.values() if key in open_text]
+    if dead:
+        gone = next(m.id for m in found if m.name == name)
+        assert not [step for step in before + after if step.node == gone], "nobody asks the dead"
+
+
+def test_a_monitor_that_lives_goes_when_its_successor_is_there_and_a_dead_one_before() -> None:
+    before, after, _ = leaving(4, "node2")
+    assert names_of(before).index("mon") < names_of(before).index("quorum") < names_of(before).index("emptied")
+    assert names_of(after)[0] == "dropmon"
+    assert after[0].args["left"] == ["node1", "node3", "node4"]
+    before, after, _ = leaving(4, "node2", dead=True)
+    # With it still counted, losing the newcomer would cost the majority.
+    assert "mon" not in names_of(before)
+    assert names_of(after).index("dropmon") < names_of(after).index("mon")
+    assert after[0].args["left"] == ["node1", "node3"]
+
+
+def test_a_disk_is_erased_when_it_is_empty_and_left_alone_when_it_has_failed() -> None:
+    before, after, _ = leaving(3, "node2", gone=["/dev/sdc"])
+    assert names_of(before) == ["out", "emptied"]
+    assert [(step.step, step.args.get("keep")) for step in after] == [("unosd", False), ("dismiss", None)]
+    assert after[1].args == {"osds": ["uuid-3"], "mgrs": [], "hosts": []}
+    _, after, _ = leaving(3, "node2", gone=["/dev/sdc"], dead=True)
+    assert after[0].args["keep"]
+
+
+def test_new_disks_take_no_data_before_the_commit() -> None:
+    found = members(3)
+    old = numbered(found)
+    grown = PLANNER.with_disks(old, "node2", ["/dev/sdb", "/dev/sdc"], lambda: "new")
+    assert [osd["disk"] for osd in grown["osds"] if osd["node"] == "node2"] == ["/dev/sdb", "/dev/sdc"]
+    secrets = {**PLANNER.kept(PLANNER.secrets(old)), **PLANNER.more_secrets(old, grown)}
+    results = {"admit": {"osds": {"new": 7}}}
+    steps = [step for phase in PLANNER.grow([found[1]], (old, grown), secrets, results, "id1") for step in phase]
+    assert names_of(steps) == ["admit", "osd", "settled"]
+    assert steps[0].args["empty"]
+    ((last,),) = PLANNER.enter((old, grown), results, "id1")
+    assert (last.step, last.args, last.undo) == ("in", {"osds": [7]}, "")
+
+
+def test_the_osds_of_a_node_that_rests_stop_before_its_monitor() -> None:
+    """While monitors elect, nobody hears that an OSD has gone."""
+    steps = [step for phase in PLANNER.rest(numbered(members(3)), "node2", "id1", hold=True, wait=True) for step in phase]
+    assert names_of(steps) == ["hold", "stop", "away", "stop", "away"]
+    assert [step.args.get("daemons") for step in steps if step.step == "stop"] == [["osd.1"], ["mgr.node2", "mon.node2"]]
+    assert steps[2].args == {"osds": [1], "mons": []}

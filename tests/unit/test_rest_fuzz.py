@@ -101,6 +101,10 @@ SELDOM = {
     "GET /v1/storages/{target}/status",
     "POST /v1/storages/{target}/init",
     "POST /v1/nodes/{target}/join-storage",
+    "POST /v1/nodes/{target}/leave-storage",
+    "POST /v1/nodes/{target}/replace-storage",
+    "POST /v1/nodes/{target}/add-storage-disks",
+    "POST /v1/nodes/{target}/remove-storage-disks",
 }
 
 

@@ -20,6 +20,8 @@ class Submission:
     repeated: bool = False
     shared: tuple[str, ...] = ()
     exclusive: tuple[str, ...] = ()
+    #: What a dry run of some operations tells besides: ``lines``, ``survives`` and ``warnings``.
+    plan: dict[str, list[str]] | None = None
 
 
 @dataclass(frozen=True)

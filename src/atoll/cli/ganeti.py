@@ -16,6 +16,7 @@ from atoll.cli.main import run
 from atoll.cli.options import (
     by_driver,
     confirm,
+    drain_option,
     force_option,
     io_may_stop_option,
     job_options,
@@ -103,15 +104,22 @@ def _node() -> click.Group:
     @target("node")
     @_yes_no("offline", "-O", "Nothing is asked of an offline node.")
     @_yes_no("drained", "-D", "A drained node gets nothing new.")
+    @drain_option
     @io_may_stop_option
     @storage_option
     @job_options
     def modify(
-        target: str, offline: str | None, drained: str | None, io_may_stop: bool, storage_texts: tuple[str, ...], **options: Any
+        target: str,
+        offline: str | None,
+        drained: str | None,
+        drain: bool,
+        io_may_stop: bool,
+        storage_texts: tuple[str, ...],
+        **options: Any,
     ) -> None:
-        """Set a node offline or drained, or change its options for storage clusters."""
+        """Set a node offline or drained, change its options for storage clusters, or take it out of its storage cluster."""
         said = [None if word is None else word == "yes" for word in (offline, drained)]
-        ours.change(target, said[0], said[1], None, storage_texts, options, io_may_stop)
+        ours.change(target, said[0], said[1], None, storage_texts, options, io_may_stop, drain)
 
     @program.command("list-storage")
     @target("node", nargs=-1)
@@ -232,10 +240,12 @@ def _job() -> click.Group:
 
 def _storage_program() -> click.Group:
     from atoll.cli.pool import pool as ours
-    from atoll.cli.storage import init
+    from atoll.cli.storage import add_disks, init, remove_disks, replace_node
 
     program = _program("storage", ours, {"diagnose": "list"})
     program.add_command(init, "init-distributed-storage")
+    for command in (replace_node, add_disks, remove_disks):
+        program.add_command(command)
     return program
 
 

@@ -19,6 +19,7 @@ from atoll.cli.options import (
     by_driver,
     complete,
     confirm,
+    drain_option,
     force_option,
     format_option,
     io_may_stop_option,
@@ -161,6 +162,7 @@ def join(master: str, name: str, address: str, token_file: str, config: str, ove
 @target("node")
 @click.option("--offline", type=bool, is_flag=False, flag_value="yes", metavar="[yes|no]", help="Nothing is asked of an offline node.")
 @click.option("--drained", type=bool, is_flag=False, flag_value="yes", metavar="[yes|no]", help="A drained node gets nothing new.")
+@drain_option
 @click.option("--role", "roles", multiple=True, metavar="ROLE", help="Its roles; replaces all.")
 @io_may_stop_option
 @storage_option
@@ -169,13 +171,14 @@ def modify(
     target: str,
     offline: bool | None,
     drained: bool | None,
+    drain: bool,
     roles: tuple[str, ...],
     io_may_stop: bool,
     storage_texts: tuple[str, ...],
     **options: Any,
 ) -> None:
-    """Set a node offline or drained, or change its roles or its options for storage clusters."""
-    change(target, offline, drained, list(roles) or None, storage_texts, options, io_may_stop)
+    """Set a node offline or drained, change its roles or its options for storage clusters, or take it out of its storage cluster."""
+    change(target, offline, drained, list(roles) or None, storage_texts, options, io_may_stop, drain)
 
 
 def change(
@@ -186,10 +189,16 @@ def change(
     storage_texts: tuple[str, ...],
     options: dict[str, Any],
     io_may_stop: bool = False,
+    drain: bool = False,
 ) -> None:
     """Ask for the change; refuses one that changes nothing."""
+    if drain:
+        if offline is not None or drained is not None or roles is not None or storage_texts or io_may_stop:
+            raise InvalidInput("--drain is a job of its own", hint=f"atoll node modify {name} --drain, and the rest after it")
+        work.run("node", "leave-storage", name, {}, **options)
+        return
     if offline is None and drained is None and roles is None and not storage_texts:
-        raise InvalidInput("nothing to change is given", hint="--offline yes|no, --drained yes|no, --role or -S")
+        raise InvalidInput("nothing to change is given", hint="--offline yes|no, --drained yes|no, --drain, --role or -S")
     body: dict[str, Any] = {"offline": offline, "drained": drained, "roles": roles, "io_may_stop": True if io_may_stop else None}
     if storage_texts:
         body["storage_options"] = by_driver(storage_texts, "-S")
@@ -254,12 +263,16 @@ def renew(targets: tuple[str, ...], **options: Any) -> None:
 @node.command()
 @target("node")
 @click.option("--keys-are-lost", is_flag=True, help="A lost master candidate: it may still hold the keys of a master.")
+@click.option(
+    "--dead", is_flag=True, help="A node of a storage cluster that died for good: what it had is given up, if there are other copies."
+)
 @force_option
 @job_options
-def remove(target: str, keys_are_lost: bool, force: bool, **options: Any) -> None:
+def remove(target: str, keys_are_lost: bool, dead: bool, force: bool, **options: Any) -> None:
     """Take a node out of the cluster for good; its certificate is refused from then on."""
     confirm(f"Remove the node {target} from the cluster?", force or options["dry_run"])
-    work.run("node", "remove", target, {"keys_are_lost": True} if keys_are_lost else {}, **options)
+    body = {**({"keys_are_lost": True} if keys_are_lost else {}), **({"dead": True} if dead else {})}
+    work.run("node", "remove", target, body, **options)
 
 
 tags.ours(node, "node")

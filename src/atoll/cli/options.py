@@ -124,6 +124,11 @@ disk_parameters_option = click.option(
 )
 
 
+drain_option = click.option(
+    "--drain",
+    is_flag=True,
+    help="Take its part out of its storage cluster for good: data moves to other nodes first, then its disks are erased.",
+)
 io_may_stop_option = click.option(
     "--io-may-stop",
     is_flag=True,

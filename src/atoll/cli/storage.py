@@ -44,13 +44,7 @@ def _show_plan(group: str, kind: str, format: str) -> None:
     if format != "table":
         print_data(plan, format)
         return
-    for line in plan["lines"]:
-        click.echo(f"  {line}")
-    for head, lines in (("It survives:", plan["survives"]), ("Mind:", plan["warnings"])):
-        if lines:
-            click.echo(head)
-        for line in lines:
-            click.echo(f"  - {line}")
+    work.tell_plan(plan)
 
 
 @storage.command()
@@ -59,6 +53,34 @@ def _show_plan(group: str, kind: str, format: str) -> None:
 def join(target: str, **options: Any) -> None:
     """Let NODE have a part in its group's storage cluster. Its disks (-S) are erased. After node add this is done by itself."""
     work.run("node", "join-storage", target, {}, **options)
+
+
+@storage.command("add-disks")
+@target("node")
+@click.argument("disks", nargs=-1, required=True, metavar="DISK...")
+@job_options
+def add_disks(target: str, disks: tuple[str, ...], **options: Any) -> None:
+    """Let NODE give more disks, such as /dev/sdd, to its storage cluster. They are erased; guests go on meanwhile."""
+    work.run("node", "add-storage-disks", target, {"disks": list(disks)}, **options)
+
+
+@storage.command("remove-disks")
+@target("node")
+@click.argument("disks", nargs=-1, required=True, metavar="DISK...")
+@click.option("--dead", is_flag=True, help="They have failed: what is on them is given up, if there are other copies.")
+@job_options
+def remove_disks(target: str, disks: tuple[str, ...], dead: bool, **options: Any) -> None:
+    """Take disks of NODE out of its storage cluster. Their data moves to other disks first, then they are erased."""
+    work.run("node", "remove-storage-disks", target, {"disks": list(disks), "dead": True if dead else None}, **options)
+
+
+@storage.command("replace-node")
+@click.argument("dead", metavar="DEAD", shell_complete=complete("node"))
+@click.argument("new", metavar="NEW", shell_complete=complete("node"))
+@job_options
+def replace_node(dead: str, new: str, **options: Any) -> None:
+    """Put the node NEW of the same group in the place of DEAD, which died for good: NEW joins, then what DEAD had is given up."""
+    work.run("node", "replace-storage", dead, {"node": new}, **options)
 
 
 @storage.command()

@@ -111,6 +111,19 @@ def _tell_dry_run(answer: dict[str, Any], format: str) -> None:
         print_data(answer, format)
         return
     click.echo(f"Would {answer['summary']}.")
+    if "plan" in answer:
+        tell_plan(answer["plan"])
+
+
+def tell_plan(plan: dict[str, list[str]]) -> None:
+    """What would be, what that survives, and what to mind."""
+    for line in plan["lines"]:
+        click.echo(f"  {line}")
+    for head, lines in (("It survives:", plan["survives"]), ("Mind:", plan["warnings"])):
+        if lines:
+            click.echo(head)
+        for line in lines:
+            click.echo(f"  - {line}")
 
 
 def finish(

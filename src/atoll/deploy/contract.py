@@ -133,6 +133,37 @@ class Planner(Protocol):
     ) -> Iterator[list[Planned]]:
         """The phases that lead from the first layout to the second, while clients go on. ``teller``: the id of a node that can tell."""
 
+    def enter(self, layouts: tuple[Mapping[str, Any], Mapping[str, Any]], results: Results, teller: str) -> list[list[Planned]]:
+        """The phases after the commit of ``grow``, in which what is new gets its data; before, nothing may be on it."""
+
+    def disk_questions(self, member: Member, layout: Mapping[str, Any], disks: list[str]) -> dict[str, dict[str, Any]]:
+        """Node id -> arguments of the preflight of a node that gives more disks."""
+
+    def with_disks(self, layout: Mapping[str, Any], name: str, disks: list[str], uuid: Callable[[], str]) -> dict[str, Any]:
+        """The layout with more disks of a node; those that it has already change nothing. Errors: InvalidInput."""
+
+    def shrunk(self, layout: Mapping[str, Any], name: str, disks: list[str], *, dead: bool) -> dict[str, Any]:
+        """The layout without these disks of the node, or (none named) without the node.
+
+        ``dead``: they are gone already. Errors: NotFound, InUse."""
+
+    def spare(self, layouts: tuple[Mapping[str, Any], Mapping[str, Any]], name: str, *, dead: bool) -> Planned:
+        """The question what would be lost on the way from the first to the second; its answer has ``stops``, in words."""
+
+    def shrink(
+        self,
+        members: list[Member],
+        layouts: tuple[Mapping[str, Any], Mapping[str, Any]],
+        name: str,
+        secrets: Mapping[str, str],
+        *,
+        dead: bool,
+    ) -> tuple[Iterator[list[Planned]], Iterator[list[Planned]]]:
+        """The phases before the commit, which can all be undone, and those after it."""
+
+    def changed(self, layouts: tuple[Mapping[str, Any], Mapping[str, Any]]) -> Preview:
+        """What comes and goes between two layouts, in words, and what the second survives."""
+
     def stops(self, layout: Mapping[str, Any], name: str, teller: str) -> Planned:
         """The question, for the node ``teller`` (id), what would stop for clients without the node; its answer has ``stops``, in words."""
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from atoll.agent.service import Handler
 from atoll.deploy.contract import Facts
-from atoll.model.errors import Conflict, HostError, Unreachable
+from atoll.model.errors import Conflict, HostError, StorageRefused, Unreachable
+from atoll.model.messages import Progress
 from atoll.rpc.contract import Report
 from atoll.runtime.clock import Clock
 
@@ -37,8 +39,15 @@ EFFECTS = [
     "stop",
     "start",
     "dismiss",
+    "out",
+    "in",
+    "emptied",
+    "unneeded",
+    "dropmon",
 ]
-QUESTIONS = ("preflight", "status", "stops")
+QUESTIONS = ("preflight", "status", "stops", "spare")
+#: Virtual seconds for data to move elsewhere.
+MOVING = 5.0
 #: Called before and after each effect with (node, step, phase); may raise or wait.
 CephFault = Callable[[str, str, str], Awaitable[None]]
 
@@ -72,6 +81,12 @@ class BoxCeph:
     users: dict[str, str] = field(default_factory=dict)
     pools: set[str] = field(default_factory=set)
     noout: set[str] = field(default_factory=set)
+    #: The monitors (nodes) that count for the majority, whether they run or not.
+    monmap: set[str] = field(default_factory=set)
+    #: The numbers of OSDs on which nothing is kept.
+    out: set[int] = field(default_factory=set)
+    #: Why Ceph would say that a last copy is on what is away; empty: it is not.
+    needed: list[str] = field(default_factory=list)
     #: Every key that a step was given; none may be found in a journal.
     keys: set[str] = field(default_factory=set)
     #: Why Ceph would say that I/O stops without a node; empty: it would not.
@@ -100,7 +115,7 @@ class BoxCephSteps:
         return {f"ceph.{step}": self._with_faults(step) for step in (*EFFECTS, *QUESTIONS)}
 
     def _with_faults(self, step: str) -> Handler:
-        do: Handler = self._quorum_of if step == "quorum" else getattr(self, f"_{step}")
+        do: Handler = {"quorum": self._quorum_of, "in": self._back}.get(step) or getattr(self, f"_{step}")
         if step in QUESTIONS:
             return do
 
@@ -134,7 +149,7 @@ class BoxCephSteps:
         problems = [*here.problems]
         if here.fsid and here.fsid != args["fsid"]:
             problems.append("/etc/ceph/ceph.conf exists")
-        if here.fsid and here.fsid == args["fsid"] and here.running:
+        if here.fsid and here.fsid == args["fsid"] and here.running and not args.get("there"):
             problems.append("it has daemons already")
         problems += [f"disk {disk} has data of another OSD" for disk in args["disks"] if disk in here.osds]
         now = self._ceph.clock.now() + self._ceph.skew.get(self._name, 0.0)
@@ -166,12 +181,14 @@ class BoxCephSteps:
         here = self._check(args["fsid"])
         here.mon = args["id"]
         here.running.add(f"mon.{here.mon}")
+        self._ceph.monmap.add(here.mon)
         self._ceph.keys.add(args["key"])
 
     async def _unmon(self, args: dict[str, Any], report: Report) -> Any:
         here = self._here
         if here.fsid == args["fsid"] and here.mon:
             here.running.discard(f"mon.{here.mon}")
+            self._ceph.monmap.discard(here.mon)
             here.mon = ""
             if not any(node.mon for node in self._ceph.nodes.values()):
                 self._ceph.numbers.clear()
@@ -228,13 +245,20 @@ class BoxCephSteps:
         for osd in args["osds"]:
             free = next(n for n in range(10_000) if n not in self._ceph.numbers.values())
             found[osd["uuid"]] = self._ceph.numbers.setdefault(osd["uuid"], free)
+            if args.get("empty"):
+                self._ceph.out.add(found[osd["uuid"]])
             self._ceph.keys.add(osd["key"])
         return {"osds": found}
 
     async def _dismiss(self, args: dict[str, Any], report: Report) -> Any:
         self._quorum()
         for uuid in args.get("osds", ()):
+            number = self._ceph.numbers.get(uuid)
+            if number is not None:
+                assert number in self._ceph.out, f"osd.{number} is purged with what is on it"
+                self._ceph.out.discard(number)
             self._ceph.numbers.pop(uuid, None)
+        self._ceph.noout -= set(args["hosts"])
         for name in args.get("mgrs", ()):
             self._ceph.users.pop(f"mgr.{name}", None)
 
@@ -276,3 +300,40 @@ class BoxCephSteps:
     async def _start(self, args: dict[str, Any], report: Report) -> Any:
         self._check(args["fsid"])
         self._here.running |= set(args["daemons"])
+
+    async def _spare(self, args: dict[str, Any], report: Report) -> Any:
+        self._quorum()
+        run = {daemon for node in self._ceph.nodes.values() for daemon in node.running}
+        found = [f"osd.{number} still answers Ceph" for number in args["osds"] if args["dead"] and f"osd.{number}" in run]
+        left = set(self._ceph.monitors()) - set(args["mons"])
+        few = ["too few monitors would be left"] if args["mons"] and len(left) * 2 <= len(self._ceph.monmap - set(args["mons"])) else []
+        return {"stops": [*found, *few, *self._ceph.needed]}
+
+    async def _out(self, args: dict[str, Any], report: Report) -> Any:
+        self._quorum()
+        self._ceph.out |= set(args["osds"])
+
+    async def _back(self, args: dict[str, Any], report: Report) -> Any:
+        self._quorum()
+        self._ceph.out -= set(args["osds"])
+
+    async def _emptied(self, args: dict[str, Any], report: Report) -> Any:
+        self._quorum()
+        assert set(args["osds"]) <= self._ceph.out
+        report(Progress(percent=50.0, text="12 copies of objects have to move yet"))
+        await asyncio.sleep(MOVING)
+        return {"health": "HEALTH_OK"}
+
+    async def _unneeded(self, args: dict[str, Any], report: Report) -> Any:
+        self._quorum()
+        if self._ceph.needed:
+            raise StorageRefused("; ".join(self._ceph.needed))
+
+    async def _dropmon(self, args: dict[str, Any], report: Report) -> Any:
+        self._quorum()
+        self._ceph.monmap.discard(args["id"])
+        for node in self._ceph.nodes.values():
+            # Its process ends by itself.
+            node.running.discard(f"mon.{args['id']}")
+        if not set(args["left"]) <= set(self._ceph.monitors()):
+            raise Unreachable("the monitors do not agree")

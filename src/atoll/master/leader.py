@@ -155,7 +155,9 @@ class MasterLeader:
         self._check_leads()
         if dry_run:
             job = self.engine.submitter.prepare(operation, target, request, who=who.name)
-            return Submission(None, job.summary, shared=job.locks.shared, exclusive=job.locks.exclusive)
+            asked = find_operation(operation)
+            plan = asked.plan(self._state, target, asked.request.model_validate(request)) if asked.plan else None
+            return Submission(None, job.summary, shared=job.locks.shared, exclusive=job.locks.exclusive, plan=plan)
         job, repeated = await self.engine.submitter.submit(operation, target, request, who=who.name, key=key)
         return Submission(job.number, job.summary, repeated, job.locks.shared, job.locks.exclusive)
 

@@ -18,7 +18,9 @@ class StorageNodes:
         self._asked: set[str] = set()
 
     def may_join(self, node: Node) -> bool:
-        """Whether a job shall let it in now; true once in the life of this master."""
+        """Whether a job shall let it in now; true once each time it is wanted, in the life of this master."""
+        if node.storage != "wanted":
+            self._asked.discard(node.id)
         cluster = cluster_of(self._state, node)
         if node.storage != "wanted" or node.offline or node.id in self._asked or cluster is None or self._busy(cluster.resource):
             return False

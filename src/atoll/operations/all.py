@@ -18,7 +18,9 @@ from atoll.operations import (
     nodes,
     pools,
     snapshots,
+    storage_disks,
     storage_join,
+    storage_leave,
     storages,
     volumes,
 )
@@ -43,7 +45,9 @@ __all__ = [
     "nodes",
     "pools",
     "snapshots",
+    "storage_disks",
     "storage_join",
+    "storage_leave",
     "storages",
     "volumes",
 ]

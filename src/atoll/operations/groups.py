@@ -131,7 +131,7 @@ def _prepare_assign(state: State, target: str, request: AssignNodes) -> Prepared
         if node.group == group.id:
             continue
         if node.storage in ("joined", "stopped"):
-            raise InUse(f"node {node.name} has a part in its group's storage cluster", hint="docs/howto/build-a-ceph-cluster.md")
+            raise InUse(f"node {node.name} has a part in its group's storage cluster", hint=f"atoll node modify {node.name} --drain")
         if group.storage and not node.offline:
             raise WrongState(
                 f"group {group.name} has a storage cluster: only a node that is offline can be put into it",

@@ -9,6 +9,7 @@ from atoll.jobs.context import JobContext
 from atoll.jobs.steps import Changes, Undo, undo_function
 from atoll.model.errors import AtollError, InUse, InvalidInput, NodeAnswers, NodeUnavailable, NotFound, WrongState
 from atoll.model.objects import DeathProof, Group, Instance, JobState, Node, Pool, Volume
+from atoll.operations import storage_plan
 from atoll.operations.common import frozen, locks, prepare_tags, run_tags
 from atoll.operations.instance_power import answers
 from atoll.operations.making import declare_lost
@@ -16,6 +17,8 @@ from atoll.operations.node_let_in import let_in_again
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import NodeDeclareDead, NodeModify, NodeMove, NodeRemove, Nothing, TagsChange
 from atoll.operations.state import State
+from atoll.operations.storage_leave import DEADLINE as STORAGE_DEADLINE
+from atoll.operations.storage_leave import check_leaves, held_by, leave
 from atoll.operations.storage_options import check_node, merged
 from atoll.operations.storage_rest import change_of, check_answers, cluster_of, follow
 
@@ -93,10 +96,11 @@ def _prepare_remove(state: State, target: str, request: NodeRemove) -> Prepared:
         raise InUse(f"node {node.name} owns {len(volumes)} node-local volumes, such as {volumes[0].name}", hint=f"{first}{lost}")
     if node.id == state.replication.master:
         raise InUse(f"the master works on node {node.name}", hint="on a master candidate: atoll cluster master-failover")
-    if node.storage in ("joined", "stopped"):
+    storage = check_leaves(state, node, [], dead=True) if request.dead else None
+    if node.storage in ("joined", "stopped") and not request.dead:
         raise InUse(
             f"node {node.name} has a part in a storage cluster ({', '.join(node.storage_roles)}), and what is on it would be missed",
-            hint="docs/howto/build-a-ceph-cluster.md",
+            hint=f"atoll node modify {node.name} --drain; if it died for good: atoll node remove {node.name} --dead",
         )
     if MASTER_CANDIDATE in node.roles:
         raise InUse(
@@ -109,8 +113,8 @@ def _prepare_remove(state: State, target: str, request: NodeRemove) -> Prepared:
             hint=f"let it come back; if it never will: atoll node remove {node.name} --keys-are-lost",
         )
     # Its group alone, too: placement may be about to choose it for somebody who holds the group.
-    held = [node.resource, state.store.require(Group, node.group).resource]
-    return Prepared(frozen(request, id=node.id), locks(exclusive=held), f"remove node {node.name}")
+    held = [*held_by(state, node, storage), state.store.require(Group, node.group).resource]
+    return Prepared(frozen(request, id=node.id), locks(exclusive=held), f"remove node {node.name}", STORAGE_DEADLINE if storage else None)
 
 
 async def _run_remove(job: JobContext, request: dict[str, Any]) -> Any:
@@ -119,12 +123,23 @@ async def _run_remove(job: JobContext, request: dict[str, Any]) -> Any:
         gone = [state.store.require(Node, request["id"]), state.store.get(DeathProof, request["id"])]
         return Changes(delete=[item for item in gone if item is not None])
 
+    if request.get("dead"):
+        await leave(job, request["id"], [], dead=True)
     await job.commit()
     await job.write("remove", remove)
     return {"node": request["id"]}
 
 
-register(Operation("node.remove", NodeRemove, _prepare_remove, _run_remove, role="admin"))
+register(
+    Operation(
+        "node.remove",
+        NodeRemove,
+        _prepare_remove,
+        _run_remove,
+        role="admin",
+        plan=lambda state, target, request: storage_plan.leave(state, target, request) if request.dead else {},
+    )
+)
 register(Operation("node.tags", TagsChange, prepare_tags(Node), run_tags(Node), role="admin"))
 
 

@@ -45,6 +45,8 @@ class Operation:
     deadline: float = 3600.0
     #: Whether people may ask for it; some are only for the master's own loops.
     public: bool = True
+    #: What a dry run tells besides the summary, as JSON-able data: ``lines``, ``survives`` and ``warnings``.
+    plan: Callable[[State, str, Any], dict[str, list[str]]] | None = None
 
     @property
     def noun(self) -> str:

@@ -137,6 +137,8 @@ class NodeRemove(Request):
     """Take a node out of the cluster for good."""
 
     keys_are_lost: bool = False
+    #: It died for good: its part of a storage cluster is given up, too.
+    dead: bool = False
 
 
 class NodeMove(Request):
@@ -153,19 +155,6 @@ class NodeDeclareDead(Request):
     """
 
     disks_are_lost: bool = False
-
-
-# --- storage clusters ---
-
-
-class NodeJoinStorage(Request):
-    """Let the node have a part in its group's storage cluster. Its disks (-S of cluster, group and node) are erased."""
-
-
-class StorageInit(Request):
-    """Make a storage cluster of the nodes of a group; a group without nodes is only marked."""
-
-    type: Name
 
 
 # --- pools ---

@@ -65,7 +65,8 @@ async def follow(job: JobContext, node: str, io_may_stop: bool) -> None:
         phases = planner.rest(*where, hold=answer["known"], wait=answer["known"] and not answer["stops"])
     results: dict[str, Any] = {}
     for number, phase in enumerate(phases):
-        await carry_out(job, found["type"], phase, results, (10 + 40 * number, 50 + 40 * number))
+        part = 90 / len(phases)
+        await carry_out(job, found["type"], phase, results, (5 + part * number, 5 + part * (number + 1)))
 
 
 async def _may_rest(job: JobContext, found: dict[str, Any], io_may_stop: bool) -> dict[str, Any]:

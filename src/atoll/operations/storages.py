@@ -17,9 +17,9 @@ from atoll.model.ids import new_id
 from atoll.model.objects import Group, Node, StorageCluster
 from atoll.operations.common import frozen, locks, name_lock
 from atoll.operations.registry import Operation, Prepared, register
-from atoll.operations.requests import StorageInit
 from atoll.operations.state import State
 from atoll.operations.storage_options import effective, member, storage_of
+from atoll.operations.storage_requests import StorageInit
 from atoll.rpc.agents import Agents
 
 #: Seconds for a node to look at itself; and by how much its clock may surely differ.
@@ -49,7 +49,7 @@ def _prepare_init(state: State, target: str, request: StorageInit) -> Prepared:
     members = members_of(state, request.type, group)
     if any(m.inside for m in members) and (known is None or not known.layout):
         # Errors are told now, before there is a job.
-        planner.layout(members, {}, lambda: str(uuid.UUID(int=0)))
+        planner.layout(members, {}, nil_uuid)
     return Prepared(
         frozen(request, id=group.id, name=name), locks(exclusive=held), f"make the {request.type} cluster {name} of group {group.name}"
     )
@@ -70,7 +70,7 @@ def preview(state: State, target: str, kind: str) -> Preview:
         return Preview(lines=["it is there already: nothing changes"])
     if not any(m.inside for m in members):
         return Preview(lines=["the group has no node: it is only marked, and nodes that join make the cluster"])
-    return planner.preview(planner.layout(members, {}, lambda: str(uuid.UUID(int=0))))
+    return planner.preview(planner.layout(members, {}, nil_uuid))
 
 
 async def _run_init(job: JobContext, request: dict[str, Any]) -> Any:
@@ -121,6 +121,17 @@ def new_uuid(state: State) -> str:
     return str(uuid.UUID(int=state.rng.getrandbits(128), version=4))
 
 
+def nil_uuid() -> str:
+    """For a preview."""
+    return str(uuid.UUID(int=0))
+
+
+def opened(state: State, sealed: str, context: str) -> dict[str, str]:
+    """Keys that were sealed."""
+    found: dict[str, str] = json.loads(state.secrets.open(sealed, context))
+    return found
+
+
 def seal(state: State, secrets: Mapping[str, str], context: str) -> str:
     """Keys as the store and the journal may have them."""
     return state.secrets.seal(json.dumps(dict(secrets)).encode(), context)
@@ -132,14 +143,18 @@ def _marked(state: State, record: StorageCluster, roles: Mapping[str, list[str]]
     return Changes(put=[record, group, *(n.model_copy(update={"storage": "joined", "storage_roles": tuple(roles[n.name])}) for n in nodes)])
 
 
-async def look(job: JobContext, planner: Planner, kind: str, members: list[Member], layout: Mapping[str, Any]) -> dict[str, Facts]:
-    """What the nodes say of themselves; fixed once nothing stands against it. Errors: PreflightFailed names all problems of all nodes."""
+async def look(
+    job: JobContext, planner: Planner, kind: str, members: list[Member], layout: Mapping[str, Any], *, disks: list[str] | None = None
+) -> dict[str, Facts]:
+    """What the nodes say of themselves; fixed once nothing stands against it. ``disks``: of the only member, which gives more.
+
+    Errors: PreflightFailed names all problems of all nodes."""
     step = "look at the nodes"
     found: dict[str, Any] = {}
     if not job.journaled(step):
         job.progress(2, "looking at the nodes")
         names = {m.id: m.name for m in members}
-        questions = planner.questions(members, layout)
+        questions = planner.disk_questions(members[0], layout, disks) if disks else planner.questions(members, layout)
         answers = await asyncio.gather(*(_ask(job, kind, node, args) for node, args in questions.items()))
         problems = []
         for node, (fact, why) in zip(questions, answers, strict=True):

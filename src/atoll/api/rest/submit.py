@@ -102,7 +102,8 @@ def _operation(routes: APIRouter, leader: Leader, operation: Operation) -> None:
         )
         if submission.job is None:
             locks = {"shared": list(submission.shared), "exclusive": list(submission.exclusive)}
-            return answer({"job": None, "summary": submission.summary, "repeated": False, **locks})
+            plan = {"plan": submission.plan} if submission.plan else {}
+            return answer({"job": None, "summary": submission.summary, "repeated": False, **locks, **plan})
         made: dict[str, Any] = {"job": submission.job, "summary": submission.summary, "repeated": submission.repeated}
         if wait:
             made["ended"] = await _ended(leader, submission.job, wait)

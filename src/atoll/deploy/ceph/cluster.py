@@ -30,6 +30,9 @@ async def admit(args: dict[str, Any], report: Report) -> Any:
     commands += [command("osd new", input=json.dumps({"cephx_secret": osd["key"]}), uuid=osd["uuid"]) for osd in args["osds"]]
     answers = await ask(*commands, deadline=60.0)
     numbers = [json.loads(answer)["osdid"] for answer in answers[len(args["users"]) :]]
+    if args.get("empty") and numbers:
+        # Nothing is put on them until the job cannot be undone any more: its undo erases their disks.
+        await ask(Command("osd set-group", {"flags": "noin", "who": [f"osd.{number}" for number in numbers]}))
     return {"osds": {osd["uuid"]: number for osd, number in zip(args["osds"], numbers, strict=True)}}
 
 
@@ -175,6 +178,12 @@ async def dismiss(args: dict[str, Any], report: Report) -> Any:
     for name in args["mgrs"]:
         await ask(command("auth rm", entity=f"mgr.{name}"))
     for host in args["hosts"]:
+        try:
+            # It may have been offline: what was said of it then goes, too.
+            await ask(Command("osd unset-group", {"flags": "noout", "who": [host]}))
+        except StorageRefused as error:
+            if error.details.get("errno") not in (errno.EINVAL, errno.ENOENT):
+                raise
         try:
             await ask(command("osd crush rm", name=host))
         except StorageRefused as error:

@@ -48,6 +48,11 @@ class Layout(BaseModel):
         """The monitors' addresses, as configuration files want them."""
         return ",".join(mon_address(self.hosts[name].public) for name in self.mons)
 
+    @property
+    def places(self) -> int:
+        """On how many different nodes (or, with one node, disks) copies can be."""
+        return len({osd.node for osd in self.osds}) if self.domain == "host" else len(self.osds)
+
 
 def mon_address(address: str) -> str:
     """Both ports of a monitor, as Ceph writes them."""

@@ -49,14 +49,15 @@ def number_of(uuid: str) -> str | None:
     return None
 
 
-async def unmake_osd(uuid: str, disk: str, number: str | None) -> None:
-    """Erase its disk, and remove its directory last. A disk that is not its own is left alone."""
+async def unmake_osd(uuid: str, disk: str, number: str | None, *, erase: bool = True) -> None:
+    """Erase its disk (unless it has failed), and remove its directory last. A disk that is not its own is left alone."""
     if number is not None:
         lock = RUN / f"mkfs-osd.{number}.lock"
         if lock.exists():
             # Until no attempt to make it is under way any more.
             await process.run(["flock", str(lock), "true"], deadline=240)
-    await asyncio.to_thread(disks.erase, disk, uuid)
+    if erase:
+        await asyncio.to_thread(disks.erase, disk, uuid)
     if number is not None:
         _remove(directory("osd", number))
 

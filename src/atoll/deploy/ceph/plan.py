@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from atoll.deploy.ceph import conf, growing, words
+from atoll.deploy.ceph import conf, growing, resting, shrinking, words
 from atoll.deploy.ceph.info import INFO
 from atoll.deploy.ceph.layout import Host, Layout, Osd
 from atoll.deploy.ceph.options import Network, Options, parse, within
@@ -18,7 +18,6 @@ from atoll.deploy.ceph.planned import (
     admit_step,
     client_step,
     config_step,
-    daemons_of,
     mgr_step,
     mon_step,
     osd_step,
@@ -63,6 +62,14 @@ class CephPlanner:
                 "networks": {name: str(network) for name, network in networks.items() if network},
             }
         return found
+
+    def disk_questions(self, member: Member, layout: Mapping[str, Any], disks: list[str]) -> dict[str, dict[str, Any]]:
+        """Only its new disks can stand against it."""
+        made = Layout.model_validate(layout)
+        there = {osd.disk for osd in made.osds if osd.node == member.name}
+        fresh = [disk for disk in disks if disk not in there]
+        args = {"fsid": made.fsid, "name": made.name, "address": member.address, "disks": fresh, "ports": [], "networks": {}, "there": True}
+        return {member.id: args}
 
     def objections(self, members: list[Member], facts: Mapping[str, Facts]) -> list[str]:
         """What only shows when nodes are compared."""
@@ -201,47 +208,64 @@ class CephPlanner:
         old, new = (Layout.model_validate(one) for one in layouts)
         return growing.phases(members, old, new, secrets, results, teller)
 
+    def enter(self, layouts: tuple[Mapping[str, Any], Mapping[str, Any]], results: Results, teller: str) -> list[list[Planned]]:
+        """See ``growing``."""
+        old, new = (Layout.model_validate(one) for one in layouts)
+        return growing.enter(old, new, results, teller)
+
+    def with_disks(self, layout: Mapping[str, Any], name: str, disks: list[str], uuid: Callable[[], str]) -> dict[str, Any]:
+        """An OSD on each that has none yet."""
+        old = Layout.model_validate(layout)
+        checked = parse({"disk": ":".join(disks)}).disks
+        if not checked:
+            raise InvalidInput("no disk is named", hint="such as /dev/sdd")
+        there = {osd.disk for osd in old.osds if osd.node == name}
+        fresh = [Osd(uuid=uuid(), node=name, disk=disk) for disk in checked if disk not in there]
+        return old.model_copy(update={"osds": [*old.osds, *fresh]}).model_dump(mode="json")
+
+    # --- nodes and disks that leave ---
+
+    def shrunk(self, layout: Mapping[str, Any], name: str, disks: list[str], *, dead: bool) -> dict[str, Any]:
+        """See ``shrinking``."""
+        return shrinking.shrunk(Layout.model_validate(layout), name, disks, dead=dead).model_dump(mode="json")
+
+    def spare(self, layouts: tuple[Mapping[str, Any], Mapping[str, Any]], name: str, *, dead: bool) -> Planned:
+        """Ceph knows it best."""
+        old, new = (Layout.model_validate(one) for one in layouts)
+        return shrinking.question(old, new, name, dead=dead)
+
+    def shrink(
+        self,
+        members: list[Member],
+        layouts: tuple[Mapping[str, Any], Mapping[str, Any]],
+        name: str,
+        secrets: Mapping[str, str],
+        *,
+        dead: bool,
+    ) -> tuple[Iterator[list[Planned]], Iterator[list[Planned]]]:
+        """See ``shrinking``."""
+        old, new = (Layout.model_validate(one) for one in layouts)
+        first = shrinking.before(old, new, name, secrets, dead=dead)
+        return first, shrinking.after(members, old, new, name, secrets, dead=dead)
+
+    def changed(self, layouts: tuple[Mapping[str, Any], Mapping[str, Any]]) -> Preview:
+        """What comes and what goes, and what is then."""
+        old, new = (Layout.model_validate(one) for one in layouts)
+        return words.changed(old, new)
+
     # --- a node that goes away for a while ---
 
     def stops(self, layout: Mapping[str, Any], name: str, teller: str) -> Planned:
-        """Ceph knows it best."""
-        made = Layout.model_validate(layout)
-        args = {"osds": [osd.number for osd in made.osds if osd.node == name], "mons": [name] if name in made.mons else []}
-        return Planned(key="what would stop", node=teller, step="stops", args=args)
+        """See ``resting``."""
+        return resting.question(Layout.model_validate(layout), name, teller)
 
     def rest(self, layout: Mapping[str, Any], name: str, teller: str, *, hold: bool, wait: bool) -> list[list[Planned]]:
-        """No data is moved (noout), then OSDs, the manager and the monitor are stopped."""
-        made = Layout.model_validate(layout)
-        args = {"fsid": made.fsid, "daemons": daemons_of(made, name)}
-        stop = Planned(
-            key=f"stop/{name}",
-            node=made.hosts[name].id,
-            step="stop",
-            args=args,
-            undo="start",
-            undo_args=args,
-            text=f"stopping Ceph on {name}",
-        )
-        host = {"host": name}
-        first = Planned(key=f"hold/{name}", node=teller, step="hold", args=host, undo="release", undo_args=host, text=f"{name}: noout")
-        gone = {"mons": [name] if name in made.mons else [], "osds": [osd.number for osd in made.osds if osd.node == name]}
-        away = Planned(key=f"away/{name}", node=teller, step="away", args=gone, text=f"waiting until the others miss {name}")
-        return [*([[first]] if hold else []), [stop], *([[away]] if wait else [])]
+        """See ``resting``."""
+        return resting.rest(Layout.model_validate(layout), name, teller, hold=hold, wait=wait)
 
     def wake(self, layout: Mapping[str, Any], name: str, teller: str) -> list[list[Planned]]:
-        """The other way round."""
-        made = Layout.model_validate(layout)
-        args, host = {"fsid": made.fsid, "daemons": daemons_of(made, name)}, {"host": name}
-        start = Planned(
-            key=f"start/{name}",
-            node=made.hosts[name].id,
-            step="start",
-            args=args,
-            undo="stop",
-            undo_args=args,
-            text=f"starting Ceph on {name}",
-        )
-        return [[start], [Planned(key=f"release/{name}", node=teller, step="release", args=host, undo="hold", undo_args=host)]]
+        """See ``resting``."""
+        return resting.wake(Layout.model_validate(layout), name, teller)
 
     def finished(self, layout: dict[str, Any], results: Results) -> dict[str, Any]:
         """The layout with the OSDs' numbers."""

@@ -15,9 +15,19 @@ CLIENTS = "/etc/atoll/ceph"
 
 
 def admit_step(
-    made: Layout, teller: str, secrets: Mapping[str, str], mons: list[str], mgrs: list[str], osds: list[Osd], *, users: bool = True
+    made: Layout,
+    teller: str,
+    secrets: Mapping[str, str],
+    mons: list[str],
+    mgrs: list[str],
+    osds: list[Osd],
+    *,
+    users: bool = True,
+    empty: bool = False,
 ) -> Planned:
-    """When these monitors agree: keys and capabilities of managers (and of clients), and numbers for OSDs."""
+    """When these monitors agree: keys and capabilities of managers (and of clients), and numbers for OSDs.
+
+    ``empty``: these get no data before they are let in."""
     rbd = f"profile rbd pool={made.pool}"
     clients = {
         CONTROLLER: {"mon": 'profile rbd, allow command "osd blocklist" with blocklistop=rm', "mgr": f"{rbd}, allow r", "osd": rbd},
@@ -30,6 +40,7 @@ def admit_step(
         "mons": mons,
         "users": [{"entity": name, "caps": caps, "key": secrets[name]} for name, caps in known.items()],
         "osds": [{"uuid": osd.uuid, "key": secrets[osd.uuid]} for osd in osds],
+        **({"empty": True} if empty else {}),
     }
     return Planned(key="admit", node=teller, step="admit", args=args, deadline=180.0, text="waiting for the monitors to agree")
 

@@ -34,11 +34,14 @@ OLDEST = 16
 
 
 async def look(args: Mapping[str, Any]) -> Facts:
-    """``args``: fsid (of the cluster that is joined; empty: a new one), address, disks, ports, networks, osds (uuids that may be here)."""
+    """``args``: fsid (of the cluster that is joined; empty: a new one), address, disks, ports, networks, osds (uuids that may be here).
+
+    ``there``: it has a part in the cluster already."""
     facts = Facts(hostname=socket.gethostname().split(".")[0])
     version = await _packages(facts)
     facts.version = version
-    _leftovers(facts, args["fsid"])
+    if not args.get("there"):
+        _leftovers(facts, args["fsid"])
     await _networks(facts, args)
     for port in args["ports"]:
         if not _free(args["address"], port):

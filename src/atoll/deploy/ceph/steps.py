@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from atoll.deploy.ceph import cluster, preflight
+from atoll.deploy.ceph import cluster, leaving, preflight
 from atoll.deploy.ceph.admin import ask, command
 from atoll.deploy.ceph.conf import keyring
 from atoll.deploy.ceph.daemons import Daemons, directory, settle_in
@@ -87,6 +87,12 @@ class CephSteps:
             "hold": cluster.hold,
             "release": cluster.release,
             "away": cluster.away,
+            "spare": leaving.spare,
+            "out": leaving.out,
+            "in": leaving.back,
+            "emptied": leaving.emptied,
+            "unneeded": leaving.unneeded,
+            "dropmon": leaving.drop_mon,
             "stop": self.stop,
             "start": self.start,
             "keep": self.keep,
@@ -185,11 +191,11 @@ class CephSteps:
         await self._daemons.start("osd", str(args["number"]))
 
     async def unosd(self, args: dict[str, Any], report: Report) -> Any:
-        """Stopped, its disk erased. Nothing is done to a disk that is not this OSD's."""
+        """Stopped, its disk erased (``keep``: it has failed, and is left as it is). Nothing is done to a disk that is not this OSD's."""
         number = number_of(args["uuid"])
         if number is not None:
             await self._daemons.stop("osd", number)
-        await unmake_osd(args["uuid"], args["disk"], number)
+        await unmake_osd(args["uuid"], args["disk"], number, erase=not args.get("keep"))
 
     async def stop(self, args: dict[str, Any], report: Report) -> Any:
         """Daemons stopped, until ``start``; what they have is kept."""
