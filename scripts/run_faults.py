@@ -32,7 +32,8 @@ class Group:
 
 
 _RBD = ("storage_rbd", "storage_rbd_snapshots", "storage_rbd_mapping", "cluster_rbd", "cluster_rbd_devices")
-CEPH = tuple(f"tests/integration/test_{name}.py" for name in (*_RBD, "ceph_health", "kernel_nodes"))
+_NODES = ("ceph_health", "ceph_deploy", "ceph_life", "kernel_nodes")
+CEPH = tuple(f"tests/integration/test_{name}.py" for name in (*_RBD, *_NODES))
 _STORE = ("store_sqlite", "power_cut", "store_trouble", "store_full_master", "backup", "replica", "worker", "logs")
 STORE = tuple(f"tests/unit/test_{name}.py" for name in _STORE)
 API = tuple(f"tests/unit/test_{name}.py" for name in ("rest_fuzz", "rest_roles", "rest_abuse", "httpserver"))
@@ -43,7 +44,7 @@ GROUPS = (
     Group("store", "kill -9, power cuts, full and failing disks, damage, backups", STORE),
     Group("api", "made-up requests, every credential, clients that mean ill", API),
     Group("processes", "real masters and agents, killed at each step", PROCESSES, False),
-    Group("ceph", "guests and disks in a real Ceph", CEPH, False),
+    Group("ceph", "guests and disks in a real Ceph, whose nodes come, go and die", CEPH, False),
     Group("guests", "real guests: start, migrate, failover, power cuts", ("tests/faults",), False),
 )
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import shutil
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +14,9 @@ from typing import Any
 import pytest
 from support import until
 
-from atoll.lab.bringup import ATOLL, make_cluster
-from atoll.lab.lab import Lab
-from atoll.lab.nodes import Node
+from atoll.lab.bringup import ATOLL
+from ceph_trial import DISK, MORE, PROGRAMS, Trial, Watching, Writer, keys_of, killed_and_back
 
-PROGRAMS = ("ceph-mon", "ceph-mgr", "ceph-osd", "monmaptool", "rbd")
 pytestmark = [
     pytest.mark.root,
     pytest.mark.slow,
@@ -30,101 +25,7 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="real nodes need root"),
     pytest.mark.skipif(any(shutil.which(name) is None for name in PROGRAMS), reason="Ceph is not installed"),
 ]
-DISK, KINDS = "/dev/disk1", ("mon", "mgr", "osd")
 CLIENT = ["-c", "/etc/atoll/ceph/ceph.conf", "-n", "client.atoll"]
-
-
-class Trial:
-    """A lab of four nodes with an Atoll cluster, and its command line on node1. node4 is in a group of its own at first."""
-
-    def __init__(self, name: str) -> None:
-        self.lab = Lab.create(name, 4, disks=1)
-        self.seen: set[str] = set()
-        try:
-            make_cluster(self.lab, "fake")
-            for node in self.lab.nodes:
-                for service in node.services():
-                    node.set_service(service.name, service.argv, {"ATOLL_FAULT_FILE": f"/run/atoll/fault-{service.name}"})
-                    node.stop_service(service.name)
-                    node.start_service(service.name)
-            self.wait_nodes()
-            self.atoll("group", "add", "later")
-            self.atoll("group", "assign-nodes", "later", "node4")
-        except BaseException:
-            self.lab.down()
-            raise
-
-    def node(self, name: str) -> Node:
-        return self.lab.node(name)
-
-    def atoll(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        return self.node("node1").exec([*ATOLL, *words], timeout=240, check=check)
-
-    def ask(self, *words: str) -> Any:
-        return json.loads(self.atoll(*words, "--format", "json").stdout)
-
-    def row(self, node: str) -> dict[str, Any]:
-        found: dict[str, Any] = next(row for row in self.ask("node", "list") if row["name"] == node)
-        return found
-
-    def wait_nodes(self) -> None:
-        def fine() -> bool:
-            done = self.atoll("node", "list", "--format", "json", check=False)
-            return done.returncode == 0 and all(row["state"] in ("ok", "offline") for row in json.loads(done.stdout))
-
-        until(fine, "all nodes are well")
-
-    def daemons(self, node: str) -> dict[str, int]:
-        """Name, such as ``osd.0`` -> pid as this machine sees it."""
-        found = {}
-        here = self.node(node)
-        within = os.readlink(f"/proc/{here.pid}/ns/pid") if here.running else ""
-        for entry in filter(str.isdigit, os.listdir("/proc")):
-            try:
-                argv = Path(f"/proc/{entry}/cmdline").read_text().split("\0")
-                kind = os.path.basename(argv[0]).removeprefix("ceph-")
-                if kind in KINDS and "--mkfs" not in argv and os.readlink(f"/proc/{entry}/ns/pid") == within:
-                    found[f"{kind}.{argv[argv.index('-i') + 1]}"] = int(entry)
-            except (OSError, ValueError):
-                continue
-        return found
-
-    def has(self, node: str, path: str) -> bool:
-        return self.node(node).exec(["test", "-e", path]).returncode == 0
-
-    def arm(self, node: str, service: str, point: str) -> Path:
-        path = self.node(node).run_dir / f"fault-{service}"
-        path.write_text(point)
-        return path
-
-    def healthy(self) -> bool:
-        done = self.atoll("storage", "status", "ceph", "--format", "json", check=False)
-        return done.returncode == 0 and json.loads(done.stdout)["health"] == "HEALTH_OK"
-
-
-class Watching:
-    """Every command line on this machine, again and again."""
-
-    def __init__(self) -> None:
-        self.seen: set[str] = set()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.01):
-            for entry in filter(str.isdigit, os.listdir("/proc")):
-                try:
-                    self.seen.add(Path(f"/proc/{entry}/cmdline").read_bytes().decode(errors="replace"))
-                except OSError:
-                    continue
-
-    def __enter__(self) -> Watching:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        self._thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -136,13 +37,10 @@ def trial() -> Iterator[Trial]:
         made.lab.down()
 
 
-def keys_of(trial: Trial) -> set[str]:
-    """Every key of the cluster, as its files have them."""
-    found: set[str] = set()
-    for node in trial.lab.nodes:
-        files = "cat /etc/ceph/*.keyring /etc/atoll/ceph/*.keyring /var/lib/ceph/*/*/keyring"
-        found |= set(re.findall(r"key = (\S+)", node.exec(["sh", "-c", files]).stdout))
-    return found
+@pytest.fixture(scope="module")
+def writer(trial: Trial) -> Writer:
+    """It writes from here to the end, whatever becomes of the nodes."""
+    return Writer(trial)
 
 
 def test_everything_that_stands_against_it_is_told_at_once(trial: Trial) -> None:
@@ -255,9 +153,10 @@ def test_a_second_time_changes_nothing(trial: Trial) -> None:
     assert "is initialised" in refused.stderr
 
 
-def test_a_node_goes_offline_with_its_daemons_and_comes_back(trial: Trial) -> None:
+def test_a_node_goes_offline_with_its_daemons_and_comes_back(trial: Trial, writer: Writer) -> None:
     before = sorted(trial.daemons("node3"))
-    trial.atoll("node", "modify", "node3", "--offline", "yes")
+    with writer.during("node offline"):
+        trial.atoll("node", "modify", "node3", "--offline", "yes")
     assert trial.daemons("node3") == {}
     assert trial.row("node3")["storage"] == "stopped"
     status = trial.ask("storage", "status", "ceph")
@@ -276,46 +175,91 @@ def test_a_node_goes_offline_with_its_daemons_and_comes_back(trial: Trial) -> No
     trial.wait_nodes()
     until(lambda: trial.row("node3")["alive"], "the agent of node3 reports")
     assert trial.daemons("node3") == {}
-    trial.atoll("node", "modify", "node3", "--offline", "no")
+    with writer.during("node back"):
+        trial.atoll("node", "modify", "node3", "--offline", "no")
     assert sorted(trial.daemons("node3")) == before
     until(trial.healthy, "Ceph is well")
 
 
-def test_a_fourth_node_joins_by_itself_while_a_client_writes(trial: Trial) -> None:
-    trial.node("node1").exec(["rbd", *CLIENT, "create", "rbd/busy", "--size", "64M"], check=True)
-    here = trial.node("node1")
+def test_a_fourth_node_joins_by_itself(trial: Trial, writer: Writer) -> None:
     refused = trial.atoll("group", "assign-nodes", "default", "node4", check=False)
     assert "only a node that is offline" in refused.stderr
     trial.atoll("node", "modify", "node4", "--offline", "yes")
     trial.atoll("group", "assign-nodes", "default", "node4")
     assert trial.daemons("node4") == {}, "nothing is configured yet"
-    bench = ["rbd", *CLIENT, "bench", "--io-type", "write", "--io-pattern", "rand", "--io-total", "1G", "rbd/busy"]
-    writer = subprocess.Popen(here.command(bench), env=here.environ(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
+    with writer.during("node added"):
         trial.node("node1").exec([*ATOLL, "node", "add", "node4", "--readd"], check=True)
         until(lambda: trial.row("node4")["storage"] == "joined", "node4 has joined", 150)
-        assert writer.poll() is None, "it writes on"
-    finally:
-        writer.terminate()
-        words, _ = writer.communicate(timeout=60)
-    assert "error" not in words.lower(), words
+        until(lambda: trial.ask("storage", "status", "ceph")["osds_up"] == 4 and trial.healthy(), "Ceph is well with four OSDs", 150)
     assert trial.row("node4")["storage_roles"] == ["osd"], "three monitors are enough"
     assert list(trial.daemons("node4")) == ["osd.3"]
-    until(lambda: trial.ask("storage", "status", "ceph")["osds_up"] == 4 and trial.healthy(), "Ceph is well with four OSDs", 150)
     assert not trial.has("node4", "/etc/ceph/ceph.client.admin.keyring")
+    osd = next(row for row in trial.ask("storage", "status", "ceph")["osds"] if row["osd"] == "osd.3")
+    assert osd["host"] == "node4"
+    assert trial.ask("storage", "status", "ceph")["osds_in"] == 4, "it was let in"
 
 
-def test_daemons_outlive_the_agent_and_come_back_after_a_power_cut(trial: Trial) -> None:
+def test_a_disk_is_added_later_and_removed_again(trial: Trial, writer: Writer) -> None:
+    plan = trial.atoll("storage", "add-disks", "node4", MORE, "--dry-run").stdout
+    assert f"node4: OSD on {MORE} comes: its disk is erased" in plan
+    with writer.during("disk added"):
+        trial.atoll("storage", "add-disks", "node4", MORE)
+    assert sorted(trial.daemons("node4")) == ["osd.3", "osd.4"]
+    assert "unchanged: yes" in trial.atoll("storage", "add-disks", "node4", MORE).stdout
+    assert trial.ask("storage", "status", "ceph")["osds_in"] == 5
+    with writer.during("disk removed"):
+        trial.atoll("storage", "remove-disks", "node4", MORE)
+    assert sorted(trial.daemons("node4")) == ["osd.3"]
+    assert trial.node("node4").exec(["blkid", "-p", MORE]).returncode == 2, "the disk is empty again"
+    refused = trial.atoll("storage", "remove-disks", "node4", DISK, check=False)
+    assert "--drain" in refused.stderr
+
+
+def test_daemons_that_are_killed_stop_nobody(trial: Trial, writer: Writer) -> None:
+    killed_and_back(trial, writer, "OSD killed", "node2", "osd.")
+    killed_and_back(trial, writer, "monitor killed", "node2", "mon.")
+    killed_and_back(trial, writer, "leader killed", "node1", "mon.")
+
+
+def test_a_node_is_drained_and_a_part_that_is_needed_is_not(trial: Trial, writer: Writer) -> None:
+    refused = trial.atoll("node", "remove", "node4", "--force", check=False)
+    assert refused.returncode == 6, refused.stderr
+    assert "atoll node modify node4 --drain" in refused.stderr
+    plan = trial.atoll("node", "modify", "node4", "--drain", "--dry-run").stdout
+    assert "one node may fail, whichever" in plan, plan
+    # The agent dies while it takes its OSD away, and the master before it is said that it has gone.
+    faults = [
+        trial.arm("node4", "agent", "agent:ceph.unosd:after"),
+        trial.arm("node1", "agent", "agent:ceph.emptied:before"),
+        trial.arm("node1", "master", "master:node.leave-storage:06:after-effect"),
+    ]
+    with writer.during("node drained"):
+        trial.atoll("node", "modify", "node4", "--drain")
+    assert not [path.name for path in faults if path.exists()], "all have died"
+    assert trial.daemons("node4") == {}
+    assert trial.row("node4")["storage"] == ""
+    assert not trial.has("node4", "/etc/ceph/ceph.conf")
+    assert trial.has("node4", "/etc/atoll/ceph/ceph.conf"), "it is a client still"
+    assert trial.node("node4").exec(["blkid", "-p", DISK]).returncode == 2, "its disk is empty"
+    assert {row["host"] for row in trial.ask("storage", "status", "ceph")["osds"]} == {"node1", "node2", "node3"}
+    refused = trial.atoll("node", "modify", "node3", "--drain", check=False)
+    assert refused.returncode == 6, refused.stderr
+    assert "3 copies need 3 nodes with OSDs, and 2 would be left" in refused.stderr
+    assert "unchanged: yes" in trial.atoll("node", "modify", "node4", "--drain").stdout
+
+
+def test_daemons_outlive_the_agent_and_come_back_after_a_power_cut(trial: Trial, writer: Writer) -> None:
     before = trial.daemons("node3")
     assert sorted(name.split(".")[0] for name in before) == ["mon", "osd"]
     here = trial.node("node3")
     os.kill(next(s.pid for s in here.services() if s.name == "agent") and _outer(trial, "node3"), signal.SIGKILL)
     until(lambda: any(s.restarts for s in here.services() if s.name == "agent"), "the agent was started again")
     assert trial.daemons("node3") == before
-    here.kill()
-    here.boot()
-    until(lambda: sorted(trial.daemons("node3")) == sorted(before), "its daemons are back")
-    until(trial.healthy, "Ceph is well")
+    with writer.during("power cut"):
+        here.kill()
+        here.boot()
+        until(lambda: sorted(trial.daemons("node3")) == sorted(before), "its daemons are back")
+        until(lambda: trial.ask("storage", "status", "ceph")["osds_up"] == 3 and trial.healthy(), "Ceph is well")
     trial.node("node1").exec(["rbd", *CLIENT, "export", "rbd/one", "/tmp/again"], check=True, timeout=60)
     trial.node("node1").exec(["cmp", "/tmp/data", "/tmp/again"], check=True)
 
@@ -333,9 +277,37 @@ def _outer(trial: Trial, node: str) -> int:
     raise AssertionError("no agent there")
 
 
+def test_another_node_takes_the_place_of_one_that_died(trial: Trial, writer: Writer) -> None:
+    refused = trial.atoll("storage", "replace-node", "node3", "node4", check=False)
+    assert "node node3 answers; it is not dead" in refused.stderr
+    with writer.during("node dead"):
+        trial.node("node3").kill()
+        until(lambda: not trial.row("node3")["alive"], "node3 is missed")
+    plan = trial.atoll("storage", "replace-node", "node3", "node4", "--dry-run").stdout
+    for words in ("monitor of node3 goes", "monitor of node4 comes", f"node3: OSD on {DISK} goes", f"node4: OSD on {DISK} comes"):
+        assert words in plan, plan
+    with writer.during("node replaced"):
+        trial.atoll("storage", "replace-node", "node3", "node4")
+    until(trial.healthy, "Ceph is well, and misses nothing", 150)
+    status = trial.ask("storage", "status", "ceph")
+    assert (status["quorum"], status["monitors"], status["osds_up"]) == (["node1", "node2", "node4"], 3, 3)
+    assert {row["host"] for row in status["osds"]} == {"node1", "node2", "node4"}
+    assert (trial.row("node3")["storage"], trial.row("node4")["storage_roles"]) == ("", ["mon", "osd"])
+    assert "unchanged: yes" in trial.atoll("storage", "replace-node", "node3", "node4").stdout
+    refused = trial.atoll("node", "modify", "node2", "--offline", "yes", check=False)
+    assert refused.returncode == 0, "one node may go again: " + refused.stderr
+    trial.atoll("node", "modify", "node2", "--offline", "no")
+    trial.atoll("node", "remove", "node3", "--force")
+
+
+def test_no_record_was_lost_and_nobody_waited_for_long(trial: Trial, writer: Writer) -> None:
+    writer.end()
+    assert max(writer.pauses.values()) <= 2 * 22.2, writer.pauses
+
+
 def test_nothing_stays_after_the_lab(trial: Trial) -> None:
-    pids = [pid for node in trial.lab.nodes for pid in trial.daemons(node.name).values()]
-    assert len(pids) == 9
+    pids = [pid for node in trial.lab.nodes if node.running for pid in trial.daemons(node.name).values()]
+    assert len(pids) == 8
     trial.lab.down()
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
     loops = subprocess.run(["losetup", "-l", "-n", "-O", "BACK-FILE"], capture_output=True, text=True, check=True).stdout
