@@ -283,6 +283,7 @@ def test_another_node_takes_the_place_of_one_that_died(trial: Trial, writer: Wri
     with writer.during("node dead"):
         trial.node("node3").kill()
         until(lambda: not trial.row("node3")["alive"], "node3 is missed")
+        until(lambda: trial.ask("storage", "status", "ceph")["quorum"] == ["node1", "node2"], "its monitor is missed", 150)
     plan = trial.atoll("storage", "replace-node", "node3", "node4", "--dry-run").stdout
     for words in ("monitor of node3 goes", "monitor of node4 comes", f"node3: OSD on {DISK} goes", f"node4: OSD on {DISK} comes"):
         assert words in plan, plan

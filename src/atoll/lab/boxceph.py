@@ -238,6 +238,8 @@ class BoxCephSteps:
 
     async def _admit(self, args: dict[str, Any], report: Report) -> Any:
         self._quorum()
+        if not set(args["mons"]) <= set(self._ceph.monitors()):
+            raise Unreachable("the monitors do not agree")
         for user in args["users"]:
             self._ceph.users[user["entity"]] = user["key"]
             self._ceph.keys.add(user["key"])

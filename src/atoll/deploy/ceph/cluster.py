@@ -16,6 +16,8 @@ from atoll.model.messages import Progress
 Report = Callable[[Progress], None]
 #: Seconds for a cluster whose data is all right to say HEALTH_OK: some checks look now and then only.
 QUIET = 20.0
+#: Seconds for a manager that has only begun to hear from all OSDs.
+LEARNING = 45.0
 
 
 async def admit(args: dict[str, Any], report: Report) -> Any:
@@ -116,12 +118,26 @@ async def stops(args: dict[str, Any], report: Report) -> Any:
     ):
         try:
             if daemons:
-                await ask(asked, deadline=30.0)
+                await _known(asked)
         except StorageRefused as error:
             found.append(error.message)
         except (Unreachable, DeadlineExceeded) as error:
             found.append(f"Ceph does not tell whether it would: {error.message}")
     return {"stops": found}
+
+
+async def _known(asked: Command) -> None:
+    """Ask, again while a manager that has only begun does not know yet. Errors: StorageRefused, and those of asking."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + LEARNING
+    while True:
+        try:
+            await ask(asked, deadline=30.0)
+            return
+        except StorageRefused as error:
+            if error.details.get("errno") != errno.EAGAIN or loop.time() > end:
+                raise
+        await asyncio.sleep(0.5)
 
 
 async def hold(args: dict[str, Any], report: Report) -> Any:

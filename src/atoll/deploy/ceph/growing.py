@@ -16,6 +16,7 @@ def phases(
 ) -> Iterator[list[Planned]]:
     """Files, monitors one by one, who may come, daemons; then everybody hears of new monitors."""
     fresh = [name for name in new.hosts if name not in old.hosts]
+    there = {member.name for member in members}
     more_mons = [name for name in new.mons if name not in old.mons]
     yield [config_step(new, name, secrets) for name in fresh]
     known = list(old.mons)
@@ -25,13 +26,14 @@ def phases(
         yield [join_mon(new, known, name, secrets)]
         known.append(name)
         # One after the other: until this one is there, losing another would cost the majority.
-        yield [quorum_step(known, name, teller)]
+        yield [quorum_step(name, teller)]
     if more_mons:
-        yield [config_again(old, new, name) for name in old.hosts if name not in more_mons]
+        yield [config_again(old, new, name) for name in old.hosts if name in there and name not in more_mons]
     mgrs = [name for name in new.mgrs if name not in old.mgrs]
     known_osds = {osd.uuid for osd in old.osds}
     osds = [osd for osd in new.osds if osd.uuid not in known_osds]
-    admit = admit_step(new, teller, secrets, known, mgrs, osds, users=False, empty=True)
+    # Those that were there need not all agree: it may be for a dead one that somebody joins.
+    admit = admit_step(new, teller, secrets, more_mons, mgrs, osds, users=False, empty=True)
     undo = {"osds": [osd.uuid for osd in osds], "mgrs": mgrs, "hosts": fresh}
     yield [admit.model_copy(update={"undo": "dismiss", "undo_args": undo})]
     numbers: dict[str, int] = results["admit"]["osds"]
@@ -53,9 +55,9 @@ def enter(old: Layout, new: Layout, results: Results, teller: str) -> list[list[
     return [[Planned(key="enter", node=teller, step="in", args={"osds": numbers}, text=text)]] if numbers else []
 
 
-def quorum_step(known: list[str], name: str, teller: str) -> Planned:
+def quorum_step(name: str, teller: str) -> Planned:
     """Until a new monitor is one of them."""
-    args = {"mons": list(known)}
+    args = {"mons": [name]}
     return Planned(key=f"quorum/{name}", node=teller, step="quorum", args=args, deadline=180.0, text=f"waiting for the monitor of {name}")
 
 

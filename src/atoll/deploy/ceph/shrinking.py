@@ -135,10 +135,10 @@ def _successors(old: Layout, new: Layout, known: list[str], secrets: Mapping[str
         yield [with_admin(old, new, mon, secrets)]
         yield [join_mon(new, known, mon, secrets, addresses=old)]
         known.append(mon)
-        yield [quorum_step(known, mon, teller)]
+        yield [quorum_step(mon, teller)]
     mgrs = [mgr for mgr in new.mgrs if mgr not in old.mgrs]
     if mgrs:
-        admit = admit_step(new, teller, secrets, known, mgrs, [], users=False)
+        admit = admit_step(new, teller, secrets, [], mgrs, [], users=False)
         undo = {"osds": [], "mgrs": mgrs, "hosts": []}
         yield [admit.model_copy(update={"undo": "dismiss", "undo_args": undo})]
         yield [mgr_step(new, mgr, secrets) for mgr in mgrs]
