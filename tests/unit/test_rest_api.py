@@ -64,6 +64,7 @@ async def test_every_public_operation_has_a_route_that_submits_it(api: Api) -> N
         "disk": {"size": 1024},
         "path": "/srv/x1.atoll",
         "type": "ceph",
+        "disks": ["/dev/sdd"],
     }
     for name, operation in OPERATIONS.items():
         method, path = address(operation)
