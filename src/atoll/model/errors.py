@@ -380,7 +380,7 @@ def all_errors() -> list[type[AtollError]]:
 def from_wire(data: dict[str, Any]) -> AtollError:
     """The error that ``to_wire`` described; an unknown code becomes the root error.
 
-    Classes without a code of their own steer jobs and never travel: they take what no error on the wire has, and share their parents' codes.
+    Classes without a code of their own steer jobs and never travel: they share their parents' codes, and are made of other things.
     """
     by_code = {cls.code: cls for cls in all_errors() if "code" in vars(cls)}
     cls = by_code.get(data.get("code", ""), AtollError)

@@ -240,8 +240,9 @@ class Pool:
         chosen = options.parse(self.ref.model_copy(update={"node": node or self.ref.node}))
         image = connections.check_name(logical_id)
         data = {"conf": chosen.conf, "pool": chosen.pool, "namespace": chosen.namespace, "image": image, "user": chosen.node_user}
-        if chosen.isolated:
-            with self._using(f"letting node {node} use image {image}") as link:
+        with self._using(f"letting node {node} use image {image}") as link:
+            space.refuse_full(link, chosen)
+            if chosen.isolated:
                 data |= {"user": minting.grant(link, chosen, image, volume), "node_user": chosen.node_user}
         secrets = {"keyring": f"file:{chosen.node_keyring}"}
         return Connection(driver=self.ref.driver, volume=volume, size=size, data=data, secrets=secrets)
