@@ -189,7 +189,7 @@ async def test_on_a_full_ceph_what_makes_room_is_done_and_what_takes_room_is_ref
     watcher.ratios(0.000001, 0.000002)
     await watcher.until(lambda health: any(refusal.code == "POOL_FULL" for refusal in health.refusals))
     spec = {"volume": f"vol-{9:017x}", "name": "full", "size": 8 << 20, "options": {}}
-    with pytest.raises(PoolFull, match="full|no space left"):
+    with pytest.raises(PoolFull, match=r"full|no space left"):
         await host.pool(ref, "create", 60.0, spec=spec)
     with pytest.raises(PoolFull, match="no space left"):
         await host.pool(ref, "rename", 60.0, logical_id=names[0], volume=f"vol-{0:017x}", name="other")
