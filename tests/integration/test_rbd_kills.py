@@ -85,7 +85,7 @@ STORIES: dict[str, tuple[Callable[[RbdCluster], object], Callable[[RbdCluster], 
     "instance.start": (_idle, lambda c: ("POST", "/v1/instances/idle/start", {})),
     "instance.migrate": (lambda c: c.settled(_web(c)), lambda c: ("POST", "/v1/instances/web/migrate", _elsewhere(c))),
 }
-SHORT = ("volume.delete", "instance.migrate")
+SHORT = ("volume.delete",)
 
 
 def _web(cluster: RbdCluster) -> str:
