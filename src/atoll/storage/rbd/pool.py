@@ -47,7 +47,8 @@ class Pool:
         with self._using("preparing the pool", unmarked=create) as link:
             if create:
                 marks.write(link.ioctx, self.ref, self._options.where)
-            marks.make_trash(link.ioctx)
+            if not self.ref.observed:
+                marks.make_trash(link.ioctx)
         return self.check()
 
     def mark(self, expected: list[str]) -> None:
