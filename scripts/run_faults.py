@@ -31,7 +31,7 @@ class Group:
     jobs: bool = True
 
 
-_RBD = ("storage_rbd", "storage_rbd_snapshots", "storage_rbd_mapping", "cluster_rbd", "cluster_rbd_devices")
+_RBD = ("storage_rbd", "storage_rbd_snapshots", "storage_rbd_mapping", "cluster_rbd", "cluster_rbd_devices", "rbd_trouble", "rbd_kills")
 _NODES = ("ceph_health", "ceph_deploy", "ceph_life", "kernel_nodes")
 CEPH = tuple(f"tests/integration/test_{name}.py" for name in (*_RBD, *_NODES))
 _STORE = ("store_sqlite", "power_cut", "store_trouble", "store_full_master", "backup", "replica", "worker", "logs")

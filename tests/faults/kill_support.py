@@ -170,3 +170,17 @@ class KillLab:
 
     def close(self) -> None:
         self.lab.down()
+
+
+def points(cluster: Any, job: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(node, service, fault point) of each step of a job that ran undisturbed."""
+    names = {row["id"]: row["name"] for row in cluster.items("nodes")}
+    found = []
+    for index, step in enumerate(job["steps"]):
+        if step["what"] == "write":
+            found.append(("node1", "master", f"master:{job['operation']}:{index + 1:02d}:after-write"))
+        elif step["what"] == "call":
+            # Before and after the effect in turn: the simulation goes through all of them.
+            found.append(("node1", "master", f"master:{job['operation']}:{index + 1:02d}:after-{('intent', 'effect')[index % 2]}"))
+            found.append((names.get(step["node"], step["node"]), "agent", f"agent:{step['method']}:{('after', 'before')[index % 2]}"))
+    return found

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from kill_support import KillLab
+from kill_support import KillLab, points
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("kill")]
 MIB = 1 << 20
@@ -69,20 +69,6 @@ class Story:
         verb = self.name.split(".")[1]
         more = {"timeout": 0} if verb == "failover" else {}
         return self.cluster.submit("POST", f"/v1/instances/web/{verb}", key, node=other, **more)
-
-
-def points(cluster: KillLab, job: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(node, service, fault point) of each step of a job that ran undisturbed."""
-    names = {row["id"]: row["name"] for row in cluster.items("nodes")}
-    found = []
-    for index, step in enumerate(job["steps"]):
-        if step["what"] == "write":
-            found.append(("node1", "master", f"master:{job['operation']}:{index + 1:02d}:after-write"))
-        elif step["what"] == "call":
-            # Before and after the effect in turn: the simulation goes through all of them.
-            found.append(("node1", "master", f"master:{job['operation']}:{index + 1:02d}:after-{('intent', 'effect')[index % 2]}"))
-            found.append((names.get(step["node"], step["node"]), "agent", f"agent:{step['method']}:{('after', 'before')[index % 2]}"))
-    return found
 
 
 @pytest.mark.parametrize("operation", ["instance.add", "instance.grow-disk", "instance.migrate", "instance.failover", "instance.remove"])

@@ -330,11 +330,62 @@ def test_a_volumes_user_can_use_its_image_and_nothing_else(isolated: Place) -> N
     ):
         with pytest.raises(refused):
             attempt()
-    for command in ("osd blocklist add 10.0.0.1:0/1", "auth ls", f"auth get client.{user}", "config set osd debug_osd 1"):
-        argv = ["ceph", "--name", f"client.{user}", "--keyring", str(keyring), *command.split()]
-        done = subprocess.run(argv, env={**os.environ, "CEPH_CONF": str(isolated.ceph.conf)}, capture_output=True, text=True, timeout=60)
-        assert done.returncode != 0, command
+    # Neither is its node's own user of any use for more.
+    for who, path in ((user, keyring), ("atoll-node2", isolated.ceph.place / "client.atoll-node2.keyring")):
+        for command in (
+            "osd blocklist add 10.0.0.1:0/1",
+            "auth ls",
+            f"auth get client.{user}",
+            "auth get-key client.admin",
+            f"auth get-key client.atoll-node3.{OTHER}",
+            f"auth caps client.{user} mon allow*",
+            "auth get-or-create client.atoll-evil mon allow*",
+            f"auth del client.{user}",
+            "config set osd debug_osd 1",
+            "osd pool create evil",
+        ):
+            argv = ["ceph", "--name", f"client.{who}", "--keyring", str(path), *command.split()]
+            environment = {**os.environ, "CEPH_CONF": str(isolated.ceph.conf)}
+            done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=60)
+            assert (done.returncode, "EACCES" in done.stderr) == (13, True), f"{who}: {command}: {done.stderr}"
     cluster.shutdown()
+
+
+def test_a_volumes_user_can_read_no_object_of_others(isolated: Place) -> None:
+    """Not by librbd, which asks for more than it needs: object by object, in its own pool and namespace, and in others."""
+    import rados
+    import rbd
+
+    image, other = isolated.make(), isolated.make(OTHER, "other")
+    connection = isolated.pool.connection(image, VOLUME, 8 * MIB, "node2")
+    (path,) = registry.connector("rbd").attach(connection, "userspace").secrets.values()
+    user = connection.data["user"]
+    keyring = isolated.ceph.place / "volume.keyring"
+    keyring.write_text(f"[client.{user}]\nkey = {Path(path).read_text()}\n")
+    places = [(isolated, other)]
+    for ref in (isolated.ceph.namespace_ref(), isolated.ceph.pool_ref("other")):
+        place = Place(isolated.ceph, ref)
+        places.append((place, place.make()))
+    for place, name in places:
+        writer, owner = place.writer(name)
+        ident = writer.id()
+        writer.close()
+        owner.shutdown()
+        cluster, ioctx = isolated.ceph.client(place.ref, user, str(keyring))
+        objects = [f"rbd_header.{ident}", f"rbd_data.{ident}.{0:016x}", f"rbd_object_map.{ident}", f"rbd_id.{name}", "atoll_pool"]
+        for found in objects:
+            with pytest.raises(rados.PermissionError):
+                ioctx.read(found)
+            with pytest.raises(rados.PermissionError):
+                ioctx.write_full(found, b"evil")
+            with pytest.raises(rados.PermissionError):
+                ioctx.remove_object(found)
+        with pytest.raises((rbd.PermissionError, rbd.OperationNotSupported)):
+            rbd.Image(ioctx, name)
+        if place is not isolated:
+            with pytest.raises((rbd.PermissionError, rbd.OperationNotSupported)):
+                rbd.RBD().list(ioctx)
+        cluster.shutdown()
 
 
 def test_a_node_fetches_the_keys_of_its_own_volumes_only_and_only_while_they_are_its(isolated: Place) -> None:

@@ -9,7 +9,7 @@ import pytest
 from simsupport import check, finish, running, settle
 
 from atoll.lab.box import Box, simulate
-from atoll.model.errors import DeadlineExceeded, NodeUnavailable, NoPlace, PoolUnavailable
+from atoll.model.errors import AtollError, Conflict, DeadlineExceeded, DiskInUse, NodeUnavailable, NoPlace, PoolUnavailable
 from atoll.model.objects import Instance, JobState, Pool
 from atoll.model.units import GIB
 from atoll.operations import views
@@ -121,8 +121,8 @@ def test_a_check_of_the_pool_tells_instead_of_failing() -> None:
     simulate(story)
 
 
-def test_a_job_in_the_middle_of_it_holds_what_it_touched_and_ends_when_the_share_is_back() -> None:
-    """The image may have been made: it can be neither seen nor removed. So the job says that, and the two commands that end it."""
+def test_a_job_in_the_middle_of_it_is_taken_back_when_the_share_is_back() -> None:
+    """The image may have been made: it can be neither seen nor removed. The job says what it waits for, and nobody is to type anything."""
 
     async def story() -> None:
         box, _ = await made()
@@ -135,14 +135,113 @@ def test_a_job_in_the_middle_of_it_holds_what_it_touched_and_ends_when_the_share
         box.disks.fault = hangs
         submitted = await box.submit("volume.create", name="data", pool="shared", size=GIB)
         assert submitted.job
-        job = await box.end_of(submitted.job)
-        assert job.state is JobState.NEEDS_ATTENTION
-        assert "pool shared is stalled" in job.reason
-        assert f"atoll job undo {job.number}" in job.commands
+        await asyncio.sleep(600)
+        job = box.master.engine.job(submitted.job)
+        assert job.state is JobState.UNDOING
+        assert "waits for the storage, to take back" in box.master.engine.progress(job.number).text
+        assert "pool shared is stalled" in box.master.engine.progress(job.number).text
+        # A new master waits on.
+        await box.crash_master()
+        await box.boot_master()
+        await asyncio.sleep(60)
+        assert box.master.engine.job(submitted.job).state is JobState.UNDOING
         box.disks.fault = None
         await back(box)
-        assert (await finish(box, job.number)).state is JobState.UNDONE
+        assert (await box.end_of(job.number)).state is JobState.UNDONE
         await settle(box)
+        check(box)
+        await box.close()
+
+    simulate(story)
+
+
+def test_a_deletion_in_the_middle_of_it_is_finished_when_the_share_is_back() -> None:
+    async def story() -> None:
+        box, _ = await made()
+        await box.do("volume.create", name="data", pool="shared", size=GIB)
+
+        async def hangs(node: str, method: str, phase: str) -> None:
+            if method == "delete" and phase == "before":
+                await stall(box)
+                raise PoolUnavailable("pool shared is stalled: no answer")
+
+        box.disks.fault = hangs
+        submitted = await box.submit("volume.delete", "data")
+        assert submitted.job
+        await asyncio.sleep(600)
+        assert box.master.engine.job(submitted.job).state is JobState.RUNNING
+        assert "waits for the storage: " in box.master.engine.progress(submitted.job).text
+        box.disks.fault = None
+        await back(box)
+        assert (await box.end_of(submitted.job)).state is JobState.DONE
+        await settle(box)
+        check(box)
+        await box.close()
+
+    simulate(story)
+
+
+def test_storage_that_never_comes_back_ends_in_a_question() -> None:
+    """After as long as the job may take: somebody may have removed that pool for good."""
+
+    async def story() -> None:
+        box, _ = await made()
+        await box.do("volume.create", name="data", pool="shared", size=GIB)
+
+        async def refuses(node: str, method: str, phase: str) -> None:
+            if method == "delete" and phase == "before":
+                raise PoolUnavailable("pool shared is stalled: no answer")
+
+        box.disks.fault = refuses
+        submitted = await box.submit("volume.delete", "data")
+        assert submitted.job
+        began = box.clock.monotonic()
+        job = await box.end_of(submitted.job)
+        assert job.state is JobState.NEEDS_ATTENTION
+        assert 3500 < box.clock.monotonic() - began < 3700
+        assert "pool shared is stalled" in job.reason
+        box.disks.fault = None
+        assert (await finish(box, job.number)).state is JobState.DONE
+        await box.close()
+
+    simulate(story)
+
+
+@pytest.mark.parametrize(("verb", "error"), [("delete", DiskInUse), ("delete", Conflict)])
+def test_a_deletion_that_the_storage_refuses_changes_nothing(verb: str, error: type[AtollError]) -> None:
+    """Somebody else has it open, or has made snapshots of it: the volume is as it was, and may be used and deleted later."""
+
+    async def story() -> None:
+        box, _ = await made()
+        await box.do("volume.create", name="data", pool="shared", size=GIB)
+
+        async def refuses(node: str, method: str, phase: str) -> None:
+            if method == verb and phase == "before":
+                raise error("not now")
+
+        box.disks.fault = refuses
+        with pytest.raises(error, match="not now"):
+            await box.do("volume.delete", "data")
+        assert row(box, "volume", "data")["state"] == "available"
+        box.disks.fault = None
+        check(box)
+        await box.do("volume.delete", "data")
+        check(box)
+        await box.close()
+
+    simulate(story)
+
+
+def test_a_deletion_is_refused_before_it_is_begun_where_the_storage_is_not_there() -> None:
+    async def story() -> None:
+        box, _ = await made()
+        await box.do("volume.create", name="data", pool="shared", size=GIB)
+        await stall(box)
+        with pytest.raises(PoolUnavailable):
+            await box.do("volume.delete", "data")
+        assert row(box, "volume", "data")["state"] == "available"
+        await back(box)
+        await box.do("volume.delete", "data")
         check(box)
         await box.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from atoll.agent.memory import Memory
 from atoll.agent.service import Handler
-from atoll.model.errors import AtollError, InvalidInput, PoolUnavailable, StaleGeneration
+from atoll.model.errors import AtollError, InvalidInput, NotFound, PoolUnavailable, StaleGeneration
 from atoll.model.messages import Attached, Connection, GuestStatus, PoolRef, Progress
 from atoll.rpc.contract import Report
 from atoll.storage import registry
@@ -24,6 +25,8 @@ HOURS = 82000.0
 WATCH = 10.0
 #: For those that may have to wait until the storage gives up a dead client, which takes Ceph 30 seconds.
 PATIENT = 90.0
+#: Seconds after which a deletion says why it may take long.
+SLOW = 3.0
 
 
 def by_hand(instance: str) -> str:
@@ -144,9 +147,7 @@ class StorageOrders:
             "pool.readmit": ("readmit", QUICK),
             "volume.create": ("create", LONG),
             "volume.clone": ("clone", LONG),
-            "volume.delete": ("delete", QUICK),
             "volume.grow": ("grow", LONG),
-            "volume.rename": ("rename", QUICK),
             "volume.stat": ("stat", QUICK),
             "volume.list": ("volumes", QUICK),
             "volume.adopt": ("adopt", QUICK),
@@ -162,6 +163,8 @@ class StorageOrders:
         handlers["volume.uncreate"] = self.uncreate
         handlers["volume.flatten"] = self.flatten
         handlers["volume.unflatten"] = self.unflatten
+        handlers["volume.delete"] = self.delete
+        handlers["volume.rename"] = self.rename
         handlers["disks.connect"] = self.connect
         handlers["disks.note"] = self.note
         handlers["disks.revoke"] = self.revoke
@@ -208,8 +211,36 @@ class StorageOrders:
                 if registry.info(ref.driver).fencing and stat["size"]:
                     # What filled it may have been killed; nobody else ever knew of it.
                     await self._storage.pool(ref, "fence", QUICK, logical_id=stat["logical_id"], whom="all", volume=args["volume"])
-                await self._storage.pool(ref, "delete", QUICK, logical_id=stat["logical_id"])
+                await self._delete(ref, stat["logical_id"], report)
         return None
+
+    async def rename(self, args: dict[str, Any], report: Report) -> Any:
+        """Let an image's name follow its volume's. The undo comes without a logical id: then an image that is not there needs no name."""
+        rest = {k: v for k, v in args.items() if k != "ref"}
+        try:
+            return await self._storage.pool(PoolRef(**args["ref"]), "rename", QUICK, **rest)
+        except NotFound as error:
+            if args["logical_id"]:
+                raise
+            report(Progress(text=f"nothing to take back: {error.message}"))
+            return ""
+
+    async def delete(self, args: dict[str, Any], report: Report) -> Any:
+        """Remove a volume's image. Guests that were noted are gone, or the volume would not be free: they need not be waited for."""
+        ref = PoolRef(**args["ref"])
+        if registry.info(ref.driver).fencing:
+            with contextlib.suppress(NotFound):
+                await self._storage.pool(ref, "fence", QUICK, logical_id=args["logical_id"], whom="known")
+        await self._delete(ref, args["logical_id"], report)
+
+    async def _delete(self, ref: PoolRef, logical_id: str, report: Report) -> None:
+        """Say what is waited for: an agent that was killed while it worked on the image still counts as alive for a while."""
+        words = "the storage has not answered yet; it may still count on a client that was killed, for half a minute"
+        told = asyncio.get_running_loop().call_later(SLOW, report, Progress(text=f"removing image {logical_id}: {words}"))
+        try:
+            await self._storage.pool(ref, "delete", PATIENT, logical_id=logical_id)
+        finally:
+            told.cancel()
 
     async def connect(self, args: dict[str, Any], report: Report) -> Any:
         """Everything that a start needs to know of its disks: connection, writers and what the storage says of the size."""

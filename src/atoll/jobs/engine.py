@@ -14,7 +14,17 @@ from atoll.jobs.locks import LockTable
 from atoll.jobs.steps import Attention, Settled
 from atoll.jobs.submit import Submitter
 from atoll.jobs.undo import UndoFailed, undo_steps
-from atoll.model.errors import AtollError, Cancelled, DeadlineExceeded, NodeUnavailable, NotFound, NotLeader, StoreError, WrongState
+from atoll.model.errors import (
+    AtollError,
+    Cancelled,
+    DeadlineExceeded,
+    NodeUnavailable,
+    NotFound,
+    NotLeader,
+    PoolUnavailable,
+    StoreError,
+    WrongState,
+)
 from atoll.model.messages import Progress, instance_of
 from atoll.model.objects import Hold, IdempotencyKey, Job, JobState, Locks, Step
 from atoll.rpc.agents import Agents
@@ -377,7 +387,11 @@ class Engine:
                 return
             pause = FORWARD_PAUSES[min(attempt, len(FORWARD_PAUSES) - 1)]
             attempt += 1
-            if attempt > 5 or loop.time() + pause >= end:
+            # A person could only mend the storage, and then the job goes on by itself: it is not asked for anything else.
+            waits = isinstance(error, PoolUnavailable)
+            if waits:
+                self.set_progress(job.number, Progress(text=f"waits for the storage: {error.message}"))
+            if (attempt > 5 and not waits) or loop.time() + pause >= end:
                 again = f"atoll job resume {job.number}"
                 await self._attend(job, f"past its commit, and {error.message}", (again, *error.details.get("commands", ())))
                 return

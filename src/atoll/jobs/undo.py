@@ -6,7 +6,8 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from atoll.jobs.steps import Changes, Undo, find_undo
-from atoll.model.errors import AtollError, NodeUnavailable, NotLeader, StoreError
+from atoll.model.errors import AtollError, NodeUnavailable, NotLeader, PoolUnavailable, StoreError
+from atoll.model.messages import Progress
 from atoll.model.objects import Job, Node, Step, StepState
 from atoll.runtime import faults
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 #: Attempts of one undo before a person is asked.
 ATTEMPTS = 3
+#: Seconds between attempts while the storage is not there, and after which a person is asked.
+STORAGE_PAUSE, STORAGE_WAIT = 10.0, 3600.0
 
 
 class UndoFailed(AtollError):
@@ -26,19 +29,26 @@ class UndoFailed(AtollError):
 
 
 async def undo_steps(engine: Engine, job: Job) -> None:
-    """Undo all steps that are not undone yet. Errors: UndoFailed."""
+    """Undo all steps that are not undone yet; storage that is not there is waited for an hour, all steps together.
+
+    Errors: UndoFailed.
+    """
     steps = engine.steps(job.number)
+    end = asyncio.get_running_loop().time() + STORAGE_WAIT
     for count, step in enumerate(reversed(steps)):
         if step.undo is None or step.state is StepState.UNDONE:
             continue
         undo = Undo.from_json(step.undo)
         await faults.point(f"master:{job.operation}:{len(steps) - count:02d}:before-undo")
-        await _undo_one(engine, job, step, undo)
+        await _undo_one(engine, job, step, undo, end)
         await faults.point(f"master:{job.operation}:{len(steps) - count:02d}:after-undo")
 
 
-async def _undo_one(engine: Engine, job: Job, step: Step, undo: Undo) -> None:
-    for attempt in range(1, ATTEMPTS + 1):
+async def _undo_one(engine: Engine, job: Job, step: Step, undo: Undo, end: float) -> None:
+    loop = asyncio.get_running_loop()
+    attempt = 0
+    while True:
+        attempt += 1
         try:
             if undo.method == "job.cancel":
                 await _cancel_child(engine, undo.args["job"])
@@ -52,8 +62,14 @@ async def _undo_one(engine: Engine, job: Job, step: Step, undo: Undo) -> None:
             return
         except (NotLeader, StoreError):
             raise
+        except PoolUnavailable as error:
+            # Nobody can do anything about the job before the storage is back, and then it is undone by itself.
+            if loop.time() + STORAGE_PAUSE >= end:
+                raise UndoFailed(f"step {step.key!r}: {error.message}", (f"atoll job undo {job.number}",)) from error
+            engine.set_progress(job.number, Progress(text=f"waits for the storage, to take back {step.key!r}: {error.message}"))
+            await asyncio.sleep(STORAGE_PAUSE)
         except AtollError as error:
-            if attempt == ATTEMPTS:
+            if attempt >= ATTEMPTS:
                 commands = (f"atoll job undo {job.number}", *((error.hint,) if error.hint.startswith("atoll") else ()))
                 raise UndoFailed(f"step {step.key!r}: {error.message}", commands) from error
             await asyncio.sleep(0.5 * attempt)

@@ -43,8 +43,8 @@ ROOT = Caller("root", "admin")
 NODE_MEMORY = 64 << 30
 
 
-def simulate(story: Callable[[], Awaitable[T]], *, limit: float = 3600.0) -> T:
-    """Run a story in virtual time. ``limit``: virtual seconds after which it counts as hung."""
+def simulate(story: Callable[[], Awaitable[T]], *, limit: float = 4 * 3600.0) -> T:
+    """Run a story in virtual time. ``limit``: virtual seconds after which it counts as hung; a job may wait an hour for its storage."""
     loop = VirtualLoop()
     try:
         asyncio.set_event_loop(loop)

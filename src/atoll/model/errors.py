@@ -378,8 +378,11 @@ def all_errors() -> list[type[AtollError]]:
 
 
 def from_wire(data: dict[str, Any]) -> AtollError:
-    """The error that ``to_wire`` described; an unknown code becomes the root error."""
-    by_code = {cls.code: cls for cls in all_errors()}
+    """The error that ``to_wire`` described; an unknown code becomes the root error.
+
+    Classes without a code of their own steer jobs and never travel: they share their parents' codes, and are made of other things.
+    """
+    by_code = {cls.code: cls for cls in all_errors() if "code" in vars(cls)}
     cls = by_code.get(data.get("code", ""), AtollError)
     return cls(data.get("message", ""), hint=data.get("hint"), **(data.get("details") or {}))
 

@@ -16,6 +16,8 @@ from atoll.operations.importing import fill, look_at_image, plan_image
 from atoll.operations.snapshot_source import plan_source
 from atoll.operations.state import State
 
+#: Seconds for an order of which a dead client of the storage may have to be waited for.
+PATIENT = 120.0
 #: Writes into a new image, which it gets as (node, pool reference) and logical id.
 Filler = Callable[[tuple[str, dict[str, Any]], str], Awaitable[None]]
 
@@ -173,6 +175,21 @@ async def look_at_pool(job: JobContext, volume: str, refs: list[tuple[str, dict[
         await job.look(key, node, "pool.check", {"ref": ref}, accept=partial(usable, name=ref["name"]))
 
 
+async def look_at_shared(job: JobContext, what: str, pool: str) -> None:
+    """The same for shared storage, by whoever works on it. Errors: PoolUnavailable."""
+
+    def where() -> list[Any]:
+        state: State = job.state
+        home = state.store.require(Pool, pool)
+        if state.driver(home).node_local:
+            return []
+        worker = state.pool_node(home)
+        return [[worker.id, state.ref(home, worker).model_dump(mode="json")]]
+
+    refs = await job.read(f"who looks/{what}", where)
+    await look_at_pool(job, what, [(node, ref) for node, ref in refs])
+
+
 def own_refs(state: State, volume: Volume) -> list[tuple[str, dict[str, Any]]]:
     """Node and pool reference for each copy of a node-local volume's image; none for a volume on shared storage, or without an image."""
     pool = state.store.require(Pool, volume.pool)
@@ -281,6 +298,6 @@ async def delete_image(job: JobContext, volume: str, *, prefer: str | None = Non
         if not there:
             lost.append(f"{image['logical_id']} on {ref['node']} was forgotten, not deleted: its disks are lost")
     if image["logical_id"] and not image["refs"]:
-        await on_pool(job, f"delete image/{volume}", volume, "volume.delete", args, prefer=prefer, deadline=60.0)
+        await on_pool(job, f"delete image/{volume}", volume, "volume.delete", args, prefer=prefer, deadline=PATIENT)
     await job.write(f"forget/{volume}", lambda: Changes(delete=[job.state.store.require(Volume, volume)]))
     return lost

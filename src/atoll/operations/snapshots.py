@@ -5,18 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from atoll.jobs.context import JobContext
-from atoll.jobs.steps import Changes, Undo, undo_function
-from atoll.model.errors import NotSupported, WrongState
+from atoll.jobs.steps import Changes, Settled, Undo, undo_function
+from atoll.model.errors import DiskInUse, NotSupported, WrongState
 from atoll.model.ids import new_id
 from atoll.model.objects import Instance, Pool, Snapshot, SnapshotState, Volume, VolumeState
 from atoll.operations.common import check_new_name, frozen, locks, name_lock, prepare_tags, run_tags
-from atoll.operations.making import look_at_pool, on_shared
+from atoll.operations.making import PATIENT, look_at_pool, look_at_shared, on_shared
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import Nothing, SnapshotCreate, TagsChange
 from atoll.operations.state import State
-
-#: Seconds for an order: a dead client of the storage may have to be waited for.
-_PATIENT = 120.0
 
 
 def _source(state: State, target: str) -> Volume:
@@ -100,8 +97,8 @@ async def _run_create(job: JobContext, request: dict[str, Any]) -> Any:
         found["node"],
         "snapshot.create",
         {"ref": ref, "logical_id": logical_id, "snapshot": ident},
-        undo=Undo("snapshot.delete", {"ref": ref, "snapshot": ident, "source": logical_id}, node=found["node"], deadline=_PATIENT),
-        deadline=_PATIENT,
+        undo=Undo("snapshot.delete", {"ref": ref, "snapshot": ident, "source": logical_id}, node=found["node"], deadline=PATIENT),
+        deadline=PATIENT,
     )
 
     def completed() -> Changes:
@@ -139,11 +136,16 @@ async def _run_delete(job: JobContext, request: dict[str, Any]) -> Any:
 
     found = await job.read("state", present)
 
-    def mark() -> Changes:
-        kept = job.state.store.require(Snapshot, ident)
-        return Changes(put=[kept.model_copy(update={"state": SnapshotState.DELETING})])
+    if not job.committed:
+        await look_at_shared(job, ident, found["pool"])
 
-    await job.write("mark deleting", mark, Undo("snapshot.state", {"snapshot": ident, "state": found["state"]}))
+    def become(state: SnapshotState) -> Changes:
+        kept = job.state.store.require(Snapshot, ident)
+        return Changes(put=[kept.model_copy(update={"state": state})])
+
+    await job.write(
+        "mark deleting", lambda: become(SnapshotState.DELETING), Undo("snapshot.state", {"snapshot": ident, "state": found["state"]})
+    )
     await job.commit()
 
     def pool() -> Pool:
@@ -151,7 +153,12 @@ async def _run_delete(job: JobContext, request: dict[str, Any]) -> Any:
         return home
 
     args = {"snapshot": ident, "logical_id": found["logical_id"]}
-    await on_shared(job, "delete snapshot", pool, "snapshot.delete", args, prefer=None, deadline=_PATIENT)
+    try:
+        await on_shared(job, "delete snapshot", pool, "snapshot.delete", args, prefer=None, deadline=PATIENT)
+    except DiskInUse as refusal:
+        # It is protected by hand: the driver has changed nothing.
+        await job.write("refused: as it was", lambda: become(SnapshotState(found["state"])))
+        raise Settled(refusal) from refusal
     await job.write("forget", lambda: Changes(delete=[job.state.store.require(Snapshot, ident)]))
     return {"snapshot": ident}
 

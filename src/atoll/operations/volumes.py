@@ -9,6 +9,8 @@ from atoll.jobs.steps import Changes, Settled, Undo, undo_function
 from atoll.model.errors import (
     UNKNOWN_OUTCOME,
     AtollError,
+    Conflict,
+    DiskInUse,
     InUse,
     InvalidInput,
     InvalidSize,
@@ -34,7 +36,17 @@ from atoll.operations.common import (
     run_tags,
 )
 from atoll.operations.importing import DAY
-from atoll.operations.making import delete_image, look_at_pool, make_volume, mark_deleting, on_own_disk, on_pool, own_refs, plan_volume
+from atoll.operations.making import (
+    delete_image,
+    look_at_pool,
+    look_at_shared,
+    make_volume,
+    mark_deleting,
+    on_own_disk,
+    on_pool,
+    own_refs,
+    plan_volume,
+)
 from atoll.operations.registry import Operation, Prepared, register
 from atoll.operations.requests import Nothing, Rename, TagsChange, VolumeCreate, VolumeGrow
 from atoll.operations.state import State
@@ -128,11 +140,37 @@ def _prepare_delete(state: State, target: str, request: Nothing) -> Prepared:
 
 
 async def _run_delete(job: JobContext, request: dict[str, Any]) -> Any:
-    before = await job.read("state", lambda: str(_free_volume(job.state, request["id"]).state))
-    await mark_deleting(job, request["id"], VolumeState(before))
+    ident = request["id"]
+    before = await job.read("state", lambda: str(_free_volume(job.state, ident).state))
+    has_image = await job.read("pool", lambda: _image_on(job.state, ident))
+    if has_image and not job.committed:
+        await look_at_shared(job, ident, has_image)
+    await mark_deleting(job, ident, VolumeState(before))
     await job.commit()
-    lost = await delete_image(job, request["id"])
-    return {"volume": request["id"], **({"lost": lost} if lost else {})}
+    try:
+        lost = await delete_image(job, ident)
+    except (DiskInUse, Conflict) as refusal:
+        # Drivers refuse so before they change anything. Of several copies, another one may be gone.
+        if not has_image or _node_local(job.state, ident):
+            raise
+
+        def back() -> Changes:
+            kept = job.state.store.require(Volume, ident)
+            return Changes(put=[kept.model_copy(update={"state": VolumeState(before)})])
+
+        await job.write("refused: as it was", back)
+        raise Settled(refusal) from refusal
+    return {"volume": ident, **({"lost": lost} if lost else {})}
+
+
+def _image_on(state: State, volume: str) -> str:
+    """The pool of its image; empty when none was ever made."""
+    found = state.store.require(Volume, volume)
+    return found.pool if found.logical_id else ""
+
+
+def _node_local(state: State, volume: str) -> bool:
+    return state.driver(state.store.require(Pool, state.store.require(Volume, volume).pool)).node_local
 
 
 register(Operation("volume.delete", Nothing, _prepare_delete, _run_delete))

@@ -24,7 +24,7 @@ log = structlog.get_logger()
 KILL_GRACE = 1.0
 #: Seconds: a call that may take longer than this is one that writes much.
 LONG = 60.0
-STALLED_HINT = "look at the mount and at the node's kernel log; it recovers by itself when the storage answers"
+STALLED_HINT = "atoll pool info POOL; look at the storage and the node's kernel log; it recovers by itself when the storage answers"
 #: Bytes of one answer at most.
 LIMIT = 64 << 20
 

@@ -45,7 +45,7 @@ class _Pool:
         if what in _WATCHING:
             return await self.watch.call(function, deadline, method=what, **args)
         if why := self.stalled():
-            raise PoolUnavailable(f"pool {self.name} is stalled: {why[0]}", hint=STALLED_HINT)
+            raise PoolUnavailable(f"pool {self.name} is stalled: {why[0]}", hint=STALLED_HINT.replace("POOL", self.name))
         loop = asyncio.get_running_loop()
         timer: asyncio.TimerHandle | None = None
 

@@ -65,7 +65,7 @@ def explain(error: Any, options: RbdOptions, what: str) -> AtollError:
             hint=f"ceph auth get client.{options.user}; see docs/howto/adopt-a-ceph-cluster.md",
         )
     if number in (errno.ENOSPC, errno.EDQUOT):
-        return PoolFull(f"{words}: no space left")
+        return PoolFull(f"{words}: no space left", hint="ceph df; ceph health detail; delete what nobody needs: docs/howto/full-pool.md")
     if number == errno.ETIMEDOUT:
         return PoolUnavailable(f"{words}: Ceph gives no answer", hint="ceph -s")
     if number in GONE:
@@ -133,6 +133,8 @@ def link(options: RbdOptions) -> Link:
     try:
         ioctx = cluster.open_ioctx(options.pool)
         ioctx.set_namespace(options.namespace)
+        # On a full Ceph what takes room is refused, and what makes room is done. Without this, either would wait until there is room.
+        ioctx.set_osdmap_full_try()
         if options.namespace and not rbd.RBD().namespace_exists(ioctx, options.namespace):
             raise PoolUnavailable(
                 f"Ceph pool {options.pool} has no namespace {options.namespace}", hint=f"rbd namespace create {options.where}"

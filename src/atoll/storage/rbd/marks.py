@@ -13,7 +13,8 @@ from atoll.model.messages import PoolRef
 #: The mark itself. Its omap keeps the addresses of the agents' own connections, so that none is taken for a guest's.
 MARK = "atoll_pool"
 _LIMIT = 4096
-_EXCLUSIVE = 1
+_ANYWAY, _EXCLUSIVE = 0, 1
+_TRASH = "rbd_trash"
 
 
 def read(ioctx: Any, where: str) -> dict[str, str] | None:
@@ -60,6 +61,14 @@ def write(ioctx: Any, ref: PoolRef, where: str) -> None:
         except rados.ObjectExists:
             pass
     check(ioctx, ref, where)
+
+
+def make_trash(ioctx: Any) -> None:
+    """Make the object in which Ceph lists what is in the trash; there already is success. Ceph makes it when it is needed first, which it
+    could not while it is full: then nothing could be deleted."""
+    with rados.WriteOpCtx() as operation:
+        operation.new(_ANYWAY)
+        ioctx.operate_write_op(operation, _TRASH)
 
 
 def remove(ioctx: Any, ref: PoolRef, where: str) -> bool:

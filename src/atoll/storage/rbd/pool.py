@@ -47,6 +47,8 @@ class Pool:
         with self._using("preparing the pool", unmarked=create) as link:
             if create:
                 marks.write(link.ioctx, self.ref, self._options.where)
+            if not self.ref.observed:
+                marks.make_trash(link.ioctx)
         return self.check()
 
     def mark(self, expected: list[str]) -> None:
@@ -239,8 +241,9 @@ class Pool:
         chosen = options.parse(self.ref.model_copy(update={"node": node or self.ref.node}))
         image = connections.check_name(logical_id)
         data = {"conf": chosen.conf, "pool": chosen.pool, "namespace": chosen.namespace, "image": image, "user": chosen.node_user}
-        if chosen.isolated:
-            with self._using(f"letting node {node} use image {image}") as link:
+        with self._using(f"letting node {node} use image {image}") as link:
+            space.refuse_full(link, chosen)
+            if chosen.isolated:
                 data |= {"user": minting.grant(link, chosen, image, volume), "node_user": chosen.node_user}
         secrets = {"keyring": f"file:{chosen.node_keyring}"}
         return Connection(driver=self.ref.driver, volume=volume, size=size, data=data, secrets=secrets)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from atoll.model.errors import PoolUnavailable
+from atoll.model.errors import PoolFull, PoolUnavailable
 from atoll.model.messages import Space
 from atoll.storage.rbd import connections
 from atoll.storage.rbd.connections import Link
@@ -27,6 +27,13 @@ def space(link: Link, options: RbdOptions) -> Space:
     if quota := int(stats.get("quota_bytes", 0)):
         free = min(free, max(0, quota - used))
     return Space(total=used + free, free=free)
+
+
+def refuse_full(link: Link, options: RbdOptions) -> None:
+    """Who opens an image of a full pool for writing waits until there is room: say so instead. Errors: PoolFull."""
+    pools = [pool for pool in ask(link, "osd dump")["pools"] if pool["pool_name"] in (options.pool, options.data_pool)]
+    if full := [pool["pool_name"] for pool in pools if "full" in pool["flags_names"].split(",")]:
+        raise PoolFull(f"Ceph pool {full[0]} is full: nobody can open an image to write it", hint="ceph df; docs/howto/full-pool.md")
 
 
 def details(link: Link, options: RbdOptions) -> dict[str, str]:
