@@ -106,10 +106,6 @@ SELDOM = {
     "POST /v1/nodes/{target}/add-storage-disks",
     "POST /v1/nodes/{target}/remove-storage-disks",
     "POST /v1/nodes/{target}/replace-storage",
-    "POST /v1/nodes/{target}/leave-storage",
-    "POST /v1/nodes/{target}/replace-storage",
-    "POST /v1/nodes/{target}/add-storage-disks",
-    "POST /v1/nodes/{target}/remove-storage-disks",
 }
 
 
