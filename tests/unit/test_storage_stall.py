@@ -69,6 +69,26 @@ async def test_without_an_answer_it_is_stalled_and_others_are_not(host: StorageH
     assert await host.pool(local, "stat", 20)
 
 
+async def test_it_comes_back_though_an_answer_takes_longer_than_the_first_question_may(host: StorageHost, tmp_path: Path) -> None:
+    nas = ref(tmp_path / "nas")
+    await silent(host, nas)
+    (tmp_path / "nas" / "slow").touch()
+    (tmp_path / "nas" / "hangs").unlink()
+    await until(lambda: not host.stalled())
+
+
+async def test_that_the_driver_had_no_answer_is_none(host: StorageHost, tmp_path: Path) -> None:
+    nas = ref(tmp_path / "nas")
+    await silent(host, nas)
+    asked = (tmp_path / "nas" / "asked").read_text().count("space")
+    (tmp_path / "nas" / "silent").touch()
+    (tmp_path / "nas" / "hangs").unlink()
+    await until(lambda: (tmp_path / "nas" / "asked").read_text().count("space") > asked + 2)
+    assert host.stalled()
+    (tmp_path / "nas" / "silent").unlink()
+    await until(lambda: not host.stalled())
+
+
 async def test_it_comes_back_when_the_storage_answers(host: StorageHost, tmp_path: Path) -> None:
     nas = ref(tmp_path / "nas")
     await silent(host, nas)

@@ -21,8 +21,13 @@ _MODULE = "atoll.storage.calls"
 _STICKY = frozenset({"probe_writers"})
 #: Methods that are asked also while the pool is stalled, and say nothing of whether it is: they have a child of their own.
 _WATCHING = frozenset({"health"})
-#: Seconds without an answer that make a pool stalled; seconds between questions to it, and for each of them.
-SILENT, PROBE, PATIENCE = 5.0, 5.0, 5.0
+#: Seconds without an answer that make a pool stalled; seconds between questions to it, for the first of them, and for each at most.
+SILENT, PROBE, PATIENCE, LONGEST = 5.0, 5.0, 5.0, 30.0
+
+
+def _silence(error: AtollError) -> bool:
+    """Whether a driver says by it that it waited for its storage in vain."""
+    return bool(error.details.get("silent"))
 
 
 class _Pool:
@@ -60,8 +65,9 @@ class _Pool:
             result = await worker.call(function, deadline, told, begun=begun, method=what, **args)
         except UNKNOWN_OUTCOME:
             raise
-        except AtollError:
-            self._answered()
+        except AtollError as error:
+            if not _silence(error):
+                self._answered()
             raise
         finally:
             if timer is not None:
@@ -89,21 +95,27 @@ class _Pool:
         self._since = None
 
     async def _probe(self) -> None:
-        """Ask until it answers. Where all lanes are lost, there is nobody to ask until one comes back."""
+        """Ask until it answers. Where all lanes are lost, there is nobody to ask until one comes back.
+
+        Each question gets more time: whom it was put to is ended with it, and the next one may have to begin anew, with a connection, on
+        a machine that is busy or with a storage that is only coming back.
+        """
+        patience = PATIENCE
         while self._since is not None:
-            if not self.worker.stalled() and await self._speaks():
+            if not self.worker.stalled() and await self._speaks(patience):
                 self._answered()
             else:
+                patience = min(2 * patience, LONGEST)
                 await asyncio.sleep(PROBE)
 
-    async def _speaks(self) -> bool:
+    async def _speaks(self, patience: float) -> bool:
         try:
             if self.ref:  # else: nobody has said yet what it is; the next call will show
-                await self.worker.call("pool", PATIENCE, ref=self.ref, method="space", args={})
+                await self.worker.call("pool", patience, ref=self.ref, method="space", args={})
         except UNKNOWN_OUTCOME:
             return False
-        except AtollError:
-            return True
+        except AtollError as error:
+            return not _silence(error)
         return True
 
     async def close(self) -> None:

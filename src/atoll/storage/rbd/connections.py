@@ -67,7 +67,7 @@ def explain(error: Any, options: RbdOptions, what: str) -> AtollError:
     if number in (errno.ENOSPC, errno.EDQUOT):
         return PoolFull(f"{words}: no space left", hint="ceph df; ceph health detail; delete what nobody needs: docs/howto/full-pool.md")
     if number == errno.ETIMEDOUT:
-        return PoolUnavailable(f"{words}: Ceph gives no answer", hint="ceph -s")
+        return PoolUnavailable(f"{words}: Ceph gives no answer", hint="ceph -s", silent=True)
     if number in GONE:
         return PoolUnavailable(
             f"{words}: Ceph has cut off this agent's connection; the next call makes a new one", hint="ceph osd blocklist ls"
