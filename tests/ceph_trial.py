@@ -133,7 +133,13 @@ class Writer:
         self._errors = here.log_dir / f"{image}.err"
         with self._errors.open("w") as errors:
             self._process = subprocess.Popen(here.command(argv), env=here.environ(), stdout=errors, stderr=errors)
-        until(lambda: len(self.acks()) > 10, "it writes")
+        try:
+            until(lambda: len(self.acks()) > 10 or self._process.poll() is not None, "it writes")
+        finally:
+            if len(self.acks()) <= 10:
+                status = here.exec(["ceph", "-s"], capture_output=True, text=True, timeout=30).stdout
+                print(f"writer: exit status {self._process.poll()}, {len(self.acks())} records, {self._errors.read_text()}\n{status}")
+        self.check()
 
     def acks(self) -> list[tuple[int, float]]:
         """Record and when it was acknowledged."""

@@ -160,6 +160,36 @@ async def test_monitors_that_are_silent_end_the_sample_not_the_worker(watcher: W
     await watcher.until(lambda s: s.status == "ok")
 
 
+async def test_on_a_full_ceph_what_makes_room_is_done_and_what_takes_room_is_refused_at_once(watcher: Watcher) -> None:
+    """Ceph's own way is to let either wait until there is room."""
+    ref, host = watcher.ref, watcher._host
+    names = []
+    await host.pool(ref, "prepare", 60.0, create=True)
+    others = await host.pool(ref, "volumes", 60.0)
+    for number in range(3):
+        spec = {"volume": f"vol-{number:017x}", "name": "full", "size": 8 << 20, "options": {}}
+        names.append(await host.pool(ref, "create", 60.0, spec=spec))
+    snapshot = await host.pool(ref, "snapshot", 60.0, logical_id=names[1], snapshot="snap-" + "1" * 17)
+    before = await host.pool(ref, "volumes", 60.0)
+    assert len(before) == len(others) + 3
+    watcher.ratios(0.000001, 0.000002)
+    await watcher.until(lambda health: any(refusal.code == "POOL_FULL" for refusal in health.refusals))
+    spec = {"volume": f"vol-{9:017x}", "name": "full", "size": 8 << 20, "options": {}}
+    with pytest.raises(PoolFull, match=r"full|no space left"):
+        await host.pool(ref, "create", 60.0, spec=spec)
+    with pytest.raises(PoolFull, match="no space left"):
+        await host.pool(ref, "rename", 60.0, logical_id=names[0], volume=f"vol-{0:017x}", name="other")
+    await host.pool(ref, "delete_snapshot", 60.0, snapshot=snapshot["snapshot"], logical_id=snapshot["logical_id"])
+    for name in names:
+        await host.pool(ref, "delete", 60.0, logical_id=name)
+    assert await host.pool(ref, "volumes", 60.0) == others
+    assert await host.pool(ref, "waiting", 60.0) == []
+    watcher.ratios(0.85, 0.95)
+    await watcher.until(lambda health: not health.refusals)
+    assert await host.pool(ref, "create", 60.0, spec=spec)
+    await host.pool(ref, "delete", 60.0, logical_id=f"full.{spec['volume']}")
+
+
 async def test_a_dead_osd_refuses_volumes_though_other_calls_hang(watcher: Watcher) -> None:
     watcher.ceph.end("osd")
     watcher.ceph.run("ceph", "osd", "down", "0")
@@ -173,32 +203,3 @@ async def test_a_dead_osd_refuses_volumes_though_other_calls_hang(watcher: Watch
         await watcher._host.pool(watcher.ref, "volumes", 5.5)
     assert watcher._host.stalled()
     assert (await watcher.sample()).osds_up == 0
-
-
-async def test_on_a_full_ceph_what_makes_room_is_done_and_what_takes_room_is_refused_at_once(watcher: Watcher) -> None:
-    """Ceph's own way is to let either wait until there is room."""
-    ref, host = watcher.ref, watcher._host
-    names = []
-    await host.pool(ref, "prepare", 60.0, create=True)
-    for number in range(3):
-        spec = {"volume": f"vol-{number:017x}", "name": "full", "size": 8 << 20, "options": {}}
-        names.append(await host.pool(ref, "create", 60.0, spec=spec))
-    snapshot = await host.pool(ref, "snapshot", 60.0, logical_id=names[1], snapshot="snap-" + "1" * 17)
-    before = await host.pool(ref, "volumes", 60.0)
-    assert len(before) == 3
-    watcher.ratios(0.000001, 0.000002)
-    await watcher.until(lambda health: any(refusal.code == "POOL_FULL" for refusal in health.refusals))
-    spec = {"volume": f"vol-{9:017x}", "name": "full", "size": 8 << 20, "options": {}}
-    with pytest.raises(PoolFull, match=r"full|no space left"):
-        await host.pool(ref, "create", 60.0, spec=spec)
-    with pytest.raises(PoolFull, match="no space left"):
-        await host.pool(ref, "rename", 60.0, logical_id=names[0], volume=f"vol-{0:017x}", name="other")
-    await host.pool(ref, "delete_snapshot", 60.0, snapshot=snapshot["snapshot"], logical_id=snapshot["logical_id"])
-    for name in names:
-        await host.pool(ref, "delete", 60.0, logical_id=name)
-    assert await host.pool(ref, "volumes", 60.0) == []
-    assert await host.pool(ref, "waiting", 60.0) == []
-    watcher.ratios(0.85, 0.95)
-    await watcher.until(lambda health: not health.refusals)
-    assert await host.pool(ref, "create", 60.0, spec=spec)
-    await host.pool(ref, "delete", 60.0, logical_id=f"full.{spec['volume']}")

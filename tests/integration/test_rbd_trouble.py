@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -110,9 +111,27 @@ def ask(cluster: RbdCluster, request: Request) -> int | dict[str, Any]:
 # --- the troubles; each gives what ends it ---
 
 
+def _goes_on(cluster: RbdCluster) -> None:
+    """An OSD that is alone and stood still for longer than its lease may let nobody read (waiting for readable) until it peers anew."""
+    cluster.ceph.signal("osd", signal.SIGCONT)
+    cluster.ceph.run("ceph", "osd", "down", "0")
+
+
 def stopped(cluster: RbdCluster) -> Callable[[], None]:
     cluster.ceph.signal("osd", signal.SIGSTOP)
-    return lambda: cluster.ceph.signal("osd", signal.SIGCONT)
+    return lambda: _goes_on(cluster)
+
+
+def down(cluster: RbdCluster) -> Callable[[], None]:
+    """Its monitor is killed. Its OSD, which would lose what it has in memory, only stands still."""
+    cluster.ceph.end("mon")
+    cluster.ceph.signal("osd", signal.SIGSTOP)
+
+    def up() -> None:
+        cluster.ceph.again("mon")
+        _goes_on(cluster)
+
+    return up
 
 
 def full(cluster: RbdCluster) -> Callable[[], None]:
@@ -124,6 +143,28 @@ def full(cluster: RbdCluster) -> Callable[[], None]:
     until(lambda: "FULL" in cluster.ceph.run("ceph", "health", "detail"), "Ceph is full")
     until(lambda: "is full" in str(cluster.row("pools", "vms")["health"]["refuses_volumes"]), "Atoll has seen that it is full")
     return lambda: ratios("0.85", "0.9", "0.95")
+
+
+def slow(cluster: RbdCluster) -> Callable[[], None]:
+    """Its OSD stands still nine tenths of the time. Not by the network: this kernel has no netem."""
+    ended = threading.Event()
+
+    def pulse() -> None:
+        while not ended.is_set():
+            cluster.ceph.signal("osd", signal.SIGSTOP)
+            ended.wait(0.9)
+            cluster.ceph.signal("osd", signal.SIGCONT)
+            ended.wait(0.1)
+
+    thread = threading.Thread(target=pulse, daemon=True)
+    thread.start()
+
+    def end() -> None:
+        ended.set()
+        thread.join()
+        _goes_on(cluster)
+
+    return end
 
 
 def _new_workers(cluster: RbdCluster) -> None:
@@ -143,11 +184,21 @@ def wrong_key(cluster: RbdCluster) -> Callable[[], None]:
     return lambda: path.write_text(right) and None
 
 
+def unknown_pool(cluster: RbdCluster) -> Callable[[], None]:
+    name = cluster.row("pools", "vms")["options"]["pool"]
+    cluster.ceph.run("ceph", "osd", "pool", "rename", name, "elsewhere")
+    _new_workers(cluster)
+    return lambda: cluster.ceph.run("ceph", "osd", "pool", "rename", "elsewhere", name) and None
+
+
 #: The trouble, the codes of errors that are allowed for what is not in ``goes``, what must be done in spite of it, what may be.
 TROUBLES = [
-    pytest.param(stopped, GONE, set(), set(), id="its OSD stands still"),
+    pytest.param(stopped, GONE, set(), set(), id="its OSD stands still", marks=LONG),
+    pytest.param(down, GONE, set(), set(), id="down", marks=LONG),
     pytest.param(full, FULL, {"delete", "delete a snapshot"}, {"snapshot"}, id="full", marks=LONG),
+    pytest.param(slow, GONE, set(), {"*"}, id="slow", marks=LONG),
     pytest.param(wrong_key, GONE, set(), set(), id="a wrong key", marks=LONG),
+    pytest.param(unknown_pool, GONE, set(), set(), id="an unknown pool", marks=LONG),
 ]
 
 

@@ -209,6 +209,10 @@ class SmallCeph:
         process.kill()
         process.wait()
 
+    def again(self, daemon: str) -> None:
+        """Start ``mon`` again after ``end``, with what it had."""
+        self._start(daemon, [f"ceph-{daemon}", "-f", "-i", "a"])
+
     def down(self) -> None:
         """End every daemon and remove the directory."""
         for process in reversed(self._running.values()):
