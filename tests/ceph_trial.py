@@ -25,6 +25,7 @@ from ceph_writer import SLOTS
 
 PROGRAMS = ("ceph-mon", "ceph-mgr", "ceph-osd", "monmaptool", "rbd")
 DISK, MORE, KINDS = "/dev/disk1", "/dev/disk2", ("mon", "mgr", "osd")
+#: Given as text: a working copy under /tmp is not to be seen in nodes.
 SCRIPT = Path(__file__).with_name("ceph_writer.py")
 
 
@@ -129,7 +130,7 @@ class Writer:
         self._trial, self._image = trial, image
         here = trial.node("node1")
         self._log = here.run_dir / f"{image}.log"
-        argv = [sys.executable, str(SCRIPT), "write", image, f"/run/atoll/{image}.log"]
+        argv = [sys.executable, "-c", SCRIPT.read_text(), "write", image, f"/run/atoll/{image}.log"]
         self._errors = here.log_dir / f"{image}.err"
         with self._errors.open("w") as errors:
             self._process = subprocess.Popen(here.command(argv), env=here.environ(), stdout=errors, stderr=errors)
@@ -175,7 +176,9 @@ class Writer:
         for number, _ in self.acks():
             last[number % SLOTS] = number
         assert len(last) > 10
-        words = self._trial.node("node1").exec([sys.executable, str(SCRIPT), "read", self._image], check=True, timeout=120).stdout
+        words = (
+            self._trial.node("node1").exec([sys.executable, "-c", SCRIPT.read_text(), "read", self._image], check=True, timeout=120).stdout
+        )
         found = json.loads(words)
         assert -1 not in found, "a broken record"
         lost = {slot: (number, found[slot]) for slot, number in last.items() if found[slot] < number}

@@ -37,6 +37,7 @@ pytestmark = [
 MIB = 1 << 20
 PATIENCE = 240.0
 NAME = f"kn{os.getpid()}"
+#: Given as text: a working copy under /tmp is not to be seen in nodes.
 DRIVER = Path(__file__).with_name("kernel_driver.py")
 LONG = pytest.mark.skipif("ATOLL_FAULT_STEPS" not in os.environ, reason="make faults ONLY=ceph")
 
@@ -164,7 +165,7 @@ class Maps:
         self.process: subprocess.Popen[Any] | None = None
 
     def begin(self) -> None:
-        argv = [sys.executable, "-P", str(DRIVER)]
+        argv = [sys.executable, "-P", "-c", DRIVER.read_text()]
         self.process = self.node.popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def end(self) -> None:
