@@ -169,7 +169,7 @@ def test_a_candidate_takes_over_and_the_guests_go_on(trio: Trio) -> None:
     done = trio.ok("node2", "cluster", "master-failover", "-f", "--node-is-dead", "node1")
     assert "to be the master now" in done
     trio.lead("node2")
-    trio.until(lambda: trio.rows("node")["node3"]["alive"], "node3 follows the new master")
+    trio.until(lambda: all(trio.rows("node")[n]["alive"] for n in ("node2", "node3")), "node2 and node3 follow the new master")
     rows = trio.rows("instance")
     assert (rows["web2"]["state"], rows["web3"]["state"]) == ("running", "running")
     assert {i: g for i, g in trio.guests().items()} == {i: g for i, g in before.items() if g[0] != "node1"}
