@@ -82,6 +82,10 @@ class Story:
     stays: tuple[str, ...] = ()
     nodes: int = 3
 
+    def undone(self, found: dict[str, Any]) -> dict[str, Any]:
+        """Of what ``dump`` gives, what must be as it was when the operation was undone."""
+        return {key: value for key, value in found.items() if not key.startswith(self.stays)} if self.stays else found
+
     async def make(self, *, locking: bool = True) -> Box:
         """A cluster where the operation can begin."""
         box = await Box.make(self.nodes, locking=locking)

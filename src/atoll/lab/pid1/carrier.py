@@ -15,7 +15,7 @@ import subprocess
 from pathlib import Path
 
 from atoll.lab.pid1.nodespec import KernelSpec, NodeSpec
-from atoll.lab.pid1.syscalls import MS_BIND, MS_NOSUID, MS_REC, MS_SLAVE, mount, mount_disk
+from atoll.lab.pid1.syscalls import MNT_DETACH, MS_BIND, MS_NOSUID, MS_REC, MS_SLAVE, mount, mount_disk, umount
 
 #: How many programs can be run in the node at the same time from outside; others wait for their turn.
 PORTS = 16
@@ -34,6 +34,7 @@ def carry(spec: NodeSpec, directory: Path) -> int:
     kernel = spec.kernel
     assert kernel is not None
     mount("none", "/", flags=MS_REC | MS_SLAVE)
+    _let_go(directory)
     shown = directory / "root"
     mount("atoll-node", str(shown), "tmpfs", MS_NOSUID, "mode=700,size=1m")
     for name in ("node", "shared"):
@@ -50,6 +51,15 @@ def carry(spec: NodeSpec, directory: Path) -> int:
         qemu = subprocess.Popen(_command(spec, kernel), stdin=subprocess.DEVNULL)
         _hear(told, qemu)
     return qemu.pid
+
+
+def _let_go(directory: Path) -> None:
+    """Hold nothing that others have mounted for a while: what is unmounted outside would stay in use here, where that is not told."""
+    with open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as table:
+        points = [line.split()[1].encode("utf-8", "surrogateescape").decode("unicode_escape") for line in table]
+    for point in reversed(points):
+        if point.startswith(("/tmp/", "/var/tmp/")) and not f"{directory}/".startswith(f"{point}/"):
+            umount(point, MNT_DETACH)
 
 
 def end_with(pid: int) -> None:
