@@ -115,6 +115,7 @@ def _goes_on(cluster: RbdCluster) -> None:
     """An OSD that is alone and stood still for longer than its lease may let nobody read (waiting for readable) until it peers anew."""
     cluster.ceph.signal("osd", signal.SIGCONT)
     cluster.ceph.run("ceph", "osd", "down", "0")
+    until(lambda: all(osd["up"] for osd in cluster.ceph.ask("osd", "dump")["osds"]), "its OSD is up again", 120)
 
 
 def stopped(cluster: RbdCluster) -> Callable[[], None]:
