@@ -217,12 +217,12 @@ def test_failover_shuts_out_the_guest_of_a_node_that_is_cut_off(cluster: RbdClus
     cluster.one_writer(web)
 
 
-def master_point(cluster: RbdCluster, word: str) -> str:
-    """The fault point after the step of that name in the newest migration: all have the same steps."""
-    job = next(job for job in cluster.items("jobs") if job["operation"] == "instance.migrate" and job["state"] == "done")
+def master_point(cluster: RbdCluster, word: str, operation: str = "instance.migrate") -> str:
+    """The fault point after the step of that name in the newest such job: all have the same steps."""
+    job = next(job for job in cluster.items("jobs") if job["operation"] == operation and job["state"] == "done")
     steps = cluster.get(f"/v1/jobs/{job['id']}")["steps"]
     number, what = next((index, step["what"]) for index, step in enumerate(steps, 1) if step["key"].startswith(word))
-    return f"master:instance.migrate:{number:02d}:after-{'effect' if what == 'call' else 'write'}"
+    return f"master:{operation}:{number:02d}:after-{'effect' if what == 'call' else 'write'}"
 
 
 def traces(cluster: RbdCluster, volume: str) -> list[str]:
@@ -239,7 +239,7 @@ def traces(cluster: RbdCluster, volume: str) -> list[str]:
         ("agent", "agent:disks.revoke:before"),
         ("master", "prepare the target"),
         pytest.param("agent", "agent:guest.start:after", marks=LONG),
-        pytest.param("agent", "agent:disks.note:after", marks=LONG),
+        pytest.param("agent", "agent:guest.start:before", marks=LONG),
         pytest.param("agent", "agent:volume.delete:after", marks=LONG),
         pytest.param("master", "rights for disks", marks=LONG),
         pytest.param("master", "end rights", marks=LONG),
@@ -278,18 +278,21 @@ def test_whoever_dies_in_between_everything_is_done_or_undone(cluster: RbdCluste
     ("service", "point"),
     [
         ("agent", "agent:snapshot.create:after"),
-        ("master", "master:volume.create:05:after-effect"),
+        ("master", "volume.create create image"),
         pytest.param("agent", "agent:volume.clone:after", marks=LONG),
         pytest.param("agent", "agent:snapshot.delete:after", marks=LONG),
         pytest.param("agent", "agent:volume.delete:after", marks=LONG),
-        pytest.param("master", "master:snapshot.create:04:after-effect", marks=LONG),
-        pytest.param("master", "master:snapshot.delete:04:after-effect", marks=LONG),
+        pytest.param("master", "snapshot.create make snapshot", marks=LONG),
+        pytest.param("master", "snapshot.delete delete snapshot", marks=LONG),
     ],
 )
 def test_a_snapshot_of_a_guest_that_writes_whoever_dies_in_between(cluster: RbdCluster, web: str, service: str, point: str) -> None:
     """Its disk is copied by the snapshot, the guest goes on, and the copy stays when the snapshot is deleted."""
     source = cluster.row("instances", "web")["disks"][0]["volume"]
     before = cluster.acks.last(web)
+    if service == "master":
+        operation, _, word = point.partition(" ")
+        point = master_point(cluster, word, operation)
     armed = cluster.arm("node1", service, point)
     steps: list[tuple[str, str, dict[str, Any]]] = [
         ("POST", "/v1/snapshots", {"volume": source, "name": "then"}),
