@@ -266,10 +266,12 @@ async def _frozen(point: Path) -> None:
     sticky = {"action": "hold"}
     await host.pool(ref, "prepare", 30, create=True)
     await host.pool(ref, "probe_writers", 30, **sticky)
+    # All of its workers have begun: one that is still starting would not hang with the storage.
+    await asyncio.gather(*(host.pool(ref, "volumes", 60) for _ in range(6)))
     # Made here: for the workers, with their usual reserve, the disk is too small.
     image = made(point).create(spec())
     system("fsfreeze", "--freeze", str(point))
-    hanging = [asyncio.create_task(host.pool(ref, "delete", 1.0, logical_id=image)) for _ in range(5)]
+    hanging = [asyncio.create_task(host.pool(ref, "delete", 3.0, logical_id=image)) for _ in range(5)]
     start = time.monotonic()
     for task in hanging:
         with raises(DeadlineExceeded):
