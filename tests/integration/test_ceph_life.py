@@ -128,7 +128,7 @@ class Points:
         """Run it; (node, service, point) in the order in which they were reached. ``until_step``: cancel it there."""
         files = [(node, service, self.trial.arm(node, service, "trace")) for node, service in self.services]
         for _ in range(5):
-            number = self.trial.atoll(*words, "--submit").stdout.strip()
+            number = self._submit(words)
             if until_step:
                 until(lambda number=number: until_step in self._steps(number), f"it comes to {until_step}", 300)
                 self.trial.atoll("job", "cancel", number)
@@ -149,6 +149,17 @@ class Points:
             trace.unlink(missing_ok=True)
         assert len(seen) > 4, seen
         return sorted(seen, key=lambda item: seen[item])
+
+    def _submit(self, words: tuple[str, ...]) -> str:
+        """The job's number. An agent that has just died may not be heard again yet."""
+
+        def taken() -> str:
+            done = self.trial.atoll(*words, "--submit", check=False)
+            assert done.returncode == 0 or "does not answer" in done.stderr, done.stderr
+            return str(done.stdout).strip() if done.returncode == 0 else ""
+
+        number: str = until(taken, f"{' '.join(words)} is taken", 120)
+        return number
 
     def _steps(self, number: str) -> list[str]:
         return [step["key"] for step in self.trial.ask("job", "info", number)["steps"]]
@@ -176,7 +187,7 @@ class Points:
                 files[node, service] = self.trial.arm(node, service, "\n".join(mine))
         end = ""
         while end != "done":
-            number = self.trial.atoll(*words, "--submit").stdout.strip()
+            number = self._submit(words)
             end = self._end(number)
             left = [f"{node}: {point}" for (node, _), path in files.items() if path.exists() for point in path.read_text().split("\n")]
             print(f"{' '.join(words)}: {end}, {len(points) - len(left)} of {len(points)} died")
