@@ -15,6 +15,8 @@ import pytest
 from atoll.lab.smallceph import SmallCeph, missing
 from atoll.model.messages import PoolRef
 
+#: Cases for ``make faults``.
+LONG = pytest.mark.skipif("ATOLL_FAULT_STEPS" not in os.environ, reason="make faults ONLY=ceph")
 _MON = (
     "profile rbd, "
     + ", ".join(f'allow command "auth {what}" with entity prefix client.atoll-' for what in ("get-or-create", "caps", "del"))

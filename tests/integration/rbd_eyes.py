@@ -7,12 +7,8 @@ import threading
 import time
 from pathlib import Path
 
-import pytest
 from rbd_support import RbdCluster
 from support import Cluster, until
-
-#: Cases for ``make faults``.
-LONG = pytest.mark.skipif("ATOLL_FAULT_STEPS" not in os.environ, reason="make faults ONLY=ceph")
 
 
 def stored(cluster: RbdCluster, pool: str) -> tuple[set[str], set[str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
 import signal
 import tempfile
@@ -20,7 +19,7 @@ from atoll.model.errors import AtollError, PoolFull
 from atoll.model.health import Health
 from atoll.model.messages import PoolRef
 from atoll.storage.host import StorageHost
-from ceph_support import Ceph
+from ceph_support import LONG, Ceph
 
 pytestmark = [
     pytest.mark.slow,
@@ -29,7 +28,6 @@ pytestmark = [
     pytest.mark.skipif(bool(missing()), reason="Ceph is not installed"),
 ]
 #: Cases for ``make faults``: tests/integration/test_cluster_rbd.py has a short one.
-LONG = pytest.mark.skipif("ATOLL_FAULT_STEPS" not in os.environ, reason="make faults ONLY=ceph")
 #: Seconds that Ceph gets to notice something, on a busy machine.
 NOTICES = 60.0
 

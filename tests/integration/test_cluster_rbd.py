@@ -20,6 +20,7 @@ from atoll.lab.layout import netns_name
 from atoll.lab.loops import machine_id
 from atoll.lab.smallceph import missing
 from atoll.storage.files import loops
+from ceph_support import LONG
 
 pytestmark = [
     pytest.mark.root,
@@ -30,8 +31,6 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="real nodes need root"),
     pytest.mark.skipif(bool(missing()), reason="Ceph is not installed"),
 ]
-#: Cases for ``make faults``.
-LONG = pytest.mark.skipif("ATOLL_FAULT_STEPS" not in os.environ, reason="make faults ONLY=ceph")
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +41,6 @@ def cluster() -> Iterator[RbdCluster]:
         yield made
     finally:
         made.close()
-
-
-@pytest.fixture
-def healing() -> Iterator[ExitStack]:
-    """Mends what a test has broken, also when it fails."""
-    with ExitStack() as stack:
-        yield stack
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from support import MIB, until
 from atoll.lab.loops import machine_id
 from atoll.lab.smallceph import missing
 from atoll.storage.files import loops
+from ceph_support import LONG
 
 pytestmark = [
     pytest.mark.root,
@@ -27,8 +28,6 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="real nodes need root"),
     pytest.mark.skipif(bool(missing()), reason="Ceph is not installed"),
 ]
-#: Cases for ``make faults``.
-LONG = pytest.mark.skipif("ATOLL_FAULT_STEPS" not in os.environ, reason="make faults ONLY=ceph")
 KERNEL, USER = {"rbd": {"access": "kernelspace"}}, {"rbd": {"access": "userspace"}}
 
 
@@ -41,13 +40,6 @@ def cluster() -> Iterator[RbdCluster]:
         yield made
     finally:
         made.close()
-
-
-@pytest.fixture
-def healing() -> Iterator[ExitStack]:
-    """Mends what a test has broken, also when it fails."""
-    with ExitStack() as stack:
-        yield stack
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from atoll.lab.lab import Lab
 from atoll.lab.smallceph import missing
 from atoll.lab.sweep import traces
 from atoll.model.errors import HostError, InvalidInput, NodeUnavailable, NotSupported
-from ceph_support import Ceph
+from ceph_support import LONG, Ceph
 
 pytestmark = [
     pytest.mark.root,
@@ -39,7 +39,6 @@ PATIENCE = 240.0
 NAME = f"kn{os.getpid()}"
 #: Given as text: a working copy under /tmp is not to be seen in nodes.
 DRIVER = Path(__file__).with_name("kernel_driver.py")
-LONG = pytest.mark.skipif("ATOLL_FAULT_STEPS" not in os.environ, reason="make faults ONLY=ceph")
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:

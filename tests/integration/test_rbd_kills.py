@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 from kill_support import points
-from rbd_eyes import LONG, Sampling, quiet
+from rbd_eyes import Sampling, quiet
 from rbd_support import RbdCluster, keys
 from support import MIB, until
 
 from atoll.lab.smallceph import missing
+from ceph_support import LONG
 
 pytestmark = [
     pytest.mark.root,

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rbd_eyes import LONG, Polling, Sampling, quiet
+from rbd_eyes import Polling, Sampling, quiet
 from rbd_support import RbdCluster, keys
 from support import MIB, until
 
 from atoll.lab import network
 from atoll.lab.layout import netns_name
 from atoll.lab.smallceph import missing
+from ceph_support import LONG
 
 pytestmark = [
     pytest.mark.root,
@@ -47,13 +48,6 @@ def cluster() -> Iterator[RbdCluster]:
         yield made
     finally:
         made.close()
-
-
-@pytest.fixture
-def mended() -> Iterator[ExitStack]:
-    """Ends the trouble, also when a test fails."""
-    with ExitStack() as stack:
-        yield stack
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +201,7 @@ TROUBLES = [
 def test_every_operation_on_a_ceph_in_trouble(
     cluster: RbdCluster,
     guests: str,
-    mended: ExitStack,
+    healing: ExitStack,
     record_property: Callable[[str, object], None],
     trouble: Callable[[RbdCluster], Callable[[], None]],
     codes: set[str],
@@ -217,7 +211,7 @@ def test_every_operation_on_a_ceph_in_trouble(
     begin(cluster)
     secrets = set(keys(cluster))
     with Sampling() as sampling, Polling(cluster) as polling:
-        mended.callback(trouble(cluster))
+        healing.callback(trouble(cluster))
         asked = {name: ask(cluster, request) for name, request in operations(cluster).items()}
         # Other storage goes on.
         cluster.do("POST", "/v1/volumes", name="other", pool="shared", size=8 * MIB)
@@ -236,7 +230,7 @@ def test_every_operation_on_a_ceph_in_trouble(
             elif ended["state"] != "done" or not {name, "*"} & (goes | may):
                 bad.append(f"{name} is {ended['state']}: {ended.get('reason')}")
         assert not bad, bad
-        mended.close()
+        healing.close()
         until(lambda: not cluster.row("pools", "vms")["stalled"], "the pool is back", 120)
         until(lambda: cluster.end_of(cluster.submit("POST", "/v1/pools/vms/check"))["result"]["ok"], "its check is good", 120)
         until(lambda: not cluster.row("pools", "vms")["health"]["refuses_volumes"], "it takes volumes", 120)
@@ -262,21 +256,21 @@ def test_every_operation_on_a_ceph_in_trouble(
 # --- one image in trouble ---
 
 
-def watched(cluster: RbdCluster, image: str, mended: ExitStack) -> None:
+def watched(cluster: RbdCluster, image: str, healing: ExitStack) -> None:
     """Somebody has it open for writing, and no lock of Ceph's keeps anybody away for long."""
     argv = ["qemu-io", "-f", "raw", f"rbd:{image}:id=admin:conf={cluster.ceph.conf}"]
     within = ["nsenter", f"--net={network.NETNS_DIR}/{netns_name(cluster.lab.name, 'switch')}", "--"]
     other = subprocess.Popen([*within, *argv], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    mended.callback(other.wait, 60)
+    healing.callback(other.wait, 60)
     assert other.stdin is not None
     assert other.stdout is not None
-    mended.callback(other.stdin.close)
+    healing.callback(other.stdin.close)
     other.stdin.write("write 0 4096\n")
     other.stdin.flush()
     until(lambda: "wrote 4096" in other.stdout.readline(), "it has written")
 
 
-def cloned(cluster: RbdCluster, image: str, mended: ExitStack) -> None:
+def cloned(cluster: RbdCluster, image: str, healing: ExitStack) -> None:
     """By hand, from a snapshot that was made by hand."""
     pool = image.partition("/")[0]
     cluster.rbd("snap", "create", "--no-progress", f"{image}@byhand")
@@ -286,10 +280,10 @@ def cloned(cluster: RbdCluster, image: str, mended: ExitStack) -> None:
         cluster.rbd("rm", "--no-progress", f"{pool}/byhand")
         cluster.rbd("snap", "rm", "--no-progress", f"{image}@byhand")
 
-    mended.callback(away)
+    healing.callback(away)
 
 
-def trashed(cluster: RbdCluster, image: str, mended: ExitStack) -> None:
+def trashed(cluster: RbdCluster, image: str, healing: ExitStack) -> None:
     pool, _, name = image.partition("/")
     cluster.rbd("trash", "mv", image)
 
@@ -297,12 +291,12 @@ def trashed(cluster: RbdCluster, image: str, mended: ExitStack) -> None:
         ident = next(line.split()[0] for line in cluster.rbd("trash", "ls", pool).splitlines() if line.endswith(name))
         cluster.rbd("trash", "restore", "-p", pool, ident)
 
-    mended.callback(restore)
+    healing.callback(restore)
 
 
-def deleted(cluster: RbdCluster, image: str, mended: ExitStack) -> None:
+def deleted(cluster: RbdCluster, image: str, healing: ExitStack) -> None:
     cluster.rbd("rm", "--no-progress", image)
-    mended.callback(cluster.rbd, "create", image, "--size", "8M")
+    healing.callback(cluster.rbd, "create", image, "--size", "8M")
 
 
 GROW: Request = ("POST", "/v1/volumes/v-ill/grow", {"size": 16 * MIB})
@@ -325,14 +319,14 @@ DELETE: Request = ("DELETE", "/v1/volumes/v-ill", {})
 def test_an_image_in_trouble(
     cluster: RbdCluster,
     guests: str,
-    mended: ExitStack,
+    healing: ExitStack,
     trouble: Callable[[RbdCluster, str, ExitStack], None],
     refused: dict[str, tuple[Request, str]],
 ) -> None:
     """Each refusal says why and what to type, and leaves the volume as it was; once it is mended the same works."""
     cluster.do("POST", "/v1/volumes", name="v-ill", pool="vms", size=8 * MIB)
     image = f"{cluster.row('pools', 'vms')['options']['pool']}/{cluster.row('volumes', 'v-ill')['logical_id']}"
-    trouble(cluster, image, mended)
+    trouble(cluster, image, healing)
     bad = []
     for name, (request, code) in refused.items():
         job = ask(cluster, request)
@@ -343,7 +337,7 @@ def test_an_image_in_trouble(
             bad.append(f"{name}: {ended['state']} {error} {ended.get('reason')}")
         assert cluster.row("volumes", "v-ill")["state"] == "available", name
     assert not bad, bad
-    mended.close()
+    healing.close()
     cluster.do("DELETE", "/v1/volumes/v-ill")
     quiet(cluster, "vms")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import subprocess
 import sys
 import time
@@ -20,15 +19,13 @@ from atoll.runtime import percent
 from atoll.storage import registry
 from atoll.storage.contract import SnapshotPool, VolumeSpec
 from atoll.storage.host import StorageHost
-from ceph_support import Ceph
+from ceph_support import LONG, Ceph
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.xdist_group("storage-rbd"),
     pytest.mark.skipif(bool(missing()), reason="Ceph is not installed"),
 ]
-#: Cases for ``make faults``.
-LONG = pytest.mark.skipif("ATOLL_FAULT_STEPS" not in os.environ, reason="make faults ONLY=ceph")
 VOLUME, CLONE, NEXT = ("vol-" + digit * 17 for digit in "123")
 SNAP, LATER = "snap-" + "a" * 17, "snap-" + "b" * 17
 MIB = 1 << 20
